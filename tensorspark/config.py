@@ -1,0 +1,176 @@
+"""Settings of a session: a frozen dataclass, read from arguments, the Spark configuration and defaults, in that order.
+
+Every setting is one row of `SETTINGS`: its field, its key in ``spark-defaults.conf``, how its text is read and its
+default. The table in the README and ``conf/spark-defaults.conf`` list the same rows; a test holds them together.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tensorspark.errors import ConfigError
+
+_TIME_UNITS_S = {"": 1.0, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZE_UNITS_BYTES = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "p": 2**50}
+
+
+def parse_time_s(text: str) -> float:
+    """Reads a duration as Spark writes it, such as ``500ms``, ``30s``, ``2min``; a bare number is seconds.
+
+    >>> parse_time_s("500ms"), parse_time_s("2min"), parse_time_s("30")
+    (0.5, 120.0, 30.0)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if not match or match[2] not in _TIME_UNITS_S:
+        raise ValueError(f"expected a duration such as 500ms, 30s or 2min, got {text!r}")
+    return float(match[1]) * _TIME_UNITS_S[match[2]]
+
+
+def parse_size_bytes(text: str) -> int:
+    """Reads a size as Spark writes it, such as ``64k``, ``256m``, ``2g`` (powers of 1024); a bare number is bytes.
+
+    >>> parse_size_bytes("64k"), parse_size_bytes("2gb"), parse_size_bytes("10")
+    (65536, 2147483648, 10)
+    """
+    match = re.fullmatch(r"\s*(\d+)\s*([kmgtp]?)b?\s*", text.lower())
+    if not match:
+        raise ValueError(f"expected a size such as 64k, 256m or 2g, got {text!r}")
+    return int(match[1]) * _SIZE_UNITS_BYTES[match[2]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of `SETTINGS`: `parse` reads the key's text, `what` describes it for people."""
+
+    field: str
+    key: str
+    parse: Callable[[str], Any]
+    default: Any
+    what: str
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting("hdfs_dir", "spark.hdfs.dir", str, None, "Existing directory that holds a directory per session: a URL "
+            "that fsspec knows (`hdfs://host:8020/tmp`, `file:///nfs/tmp`). Unset: the graph travels as a broadcast."),
+    Setting("tmp_dir", "spark.tmp.dir", str, tempfile.gettempdir(), "Existing local directory on driver and executors, "
+            "for the fetched graph and for cached epochs that outgrow memory."),
+    Setting("server_host", "spark.tensorspark.server.host", str, None, "Address of the driver that executors connect "
+            "to. Unset: `spark.driver.host`."),
+    Setting("server_port", "spark.tensorspark.server.port", int, 0, "Port of the parameter server; 0: a free one."),
+    Setting("sync_interval", "spark.tensorspark.sync.interval", int, 100, "Local steps between two synchronizations "
+            "of a worker."),
+    Setting("batch_size", "spark.tensorspark.batch.size", int, 100, "Rows of a training step."),
+    Setting("connect_timeout_s", "spark.tensorspark.connect.timeout", parse_time_s, 5.0, "How long a worker tries to "
+            "reach the server."),
+    Setting("io_timeout_s", "spark.tensorspark.io.timeout", parse_time_s, 120.0, "How long one answer of the server, "
+            "or one transfer, may take."),
+    Setting("receive_buffer_bytes", "spark.tensorspark.server.receive.buffer", parse_size_bytes, 256 * 2**20,
+            "Memory for pushes that the server is receiving (at least one push of the model); when it is full, the "
+            "server stops reading."),
+    Setting("cache_memory_bytes", "spark.tensorspark.cache.memory", parse_size_bytes, 256 * 2**20, "Memory of a task "
+            "for its decoded partition; a larger one goes to a file under `spark.tmp.dir`."),
+)  # fmt: skip
+
+# The constructor's defaults in the original Tensorspark, for `tensorspark.core.spark_session`.
+ORIGINAL_DEFAULTS: Mapping[str, Any] = {
+    "server_host": "localhost",
+    "server_port": 10080,
+    "sync_interval": 3,
+    "batch_size": 10000,
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of one session, checked. `SETTINGS` says what each means."""
+
+    hdfs_dir: str | None
+    tmp_dir: str
+    server_host: str | None
+    server_port: int
+    sync_interval: int
+    batch_size: int
+    connect_timeout_s: float
+    io_timeout_s: float
+    receive_buffer_bytes: int
+    cache_memory_bytes: int
+
+    def __post_init__(self) -> None:
+        for name in ("sync_interval", "batch_size"):
+            self._check(name, minimum=1)
+        self._check("server_port", minimum=0, maximum=65535)
+        for name in ("receive_buffer_bytes", "cache_memory_bytes"):
+            self._check(name, minimum=0)
+        for name in ("connect_timeout_s", "io_timeout_s"):
+            self._check(name, minimum=0.001, is_integer=False)
+        for name in ("hdfs_dir", "tmp_dir", "server_host"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value.strip()):
+                raise ConfigError(f"{_label(name)} must be a non-empty string, got {value!r}")
+
+    def _check(
+        self,
+        name: str,
+        *,
+        minimum: float,
+        maximum: float = float("inf"),
+        is_integer: bool = True,
+    ) -> None:
+        value: Any = getattr(self, name)
+        kind = int if is_integer else int | float
+        if isinstance(value, bool) or not isinstance(value, kind) or not minimum <= value <= maximum:
+            expected = f"at least {minimum}" if maximum == float("inf") else f"from {minimum} to {maximum}"
+            noun = "an integer" if is_integer else "a number"
+            raise ConfigError(f"{_label(name)} must be {noun} {expected}, got {value!r}")
+
+
+def resolve(
+    arguments: Mapping[str, Any],
+    spark_conf: Mapping[str, str],
+    defaults: Mapping[str, Any] | None = None,
+) -> Config:
+    """Makes a `Config`: an argument that is not None wins, then the Spark conf's key, then `defaults`, then ours.
+
+    Args:
+        arguments: by field name; None stands for "not given".
+        spark_conf: by key; keys under ``spark.tensorspark.`` that are no setting are refused.
+
+    Raises:
+        ConfigError: a value that is out of range or cannot be read, or an unknown key.
+    """
+    _refuse_unknown_keys(spark_conf)
+    values = {
+        setting.field: _resolve_one(setting, arguments.get(setting.field), spark_conf, defaults or {})
+        for setting in SETTINGS
+    }
+    return Config(**values)
+
+
+def _resolve_one(setting: Setting, argument: Any, spark_conf: Mapping[str, str], defaults: Mapping[str, Any]) -> Any:
+    if argument is not None:
+        return argument
+    if setting.key in spark_conf:
+        try:
+            return setting.parse(spark_conf[setting.key])
+        except ValueError as error:
+            raise ConfigError(f"{setting.key} in the Spark configuration: {error}") from error
+    return defaults.get(setting.field, setting.default)
+
+
+def _refuse_unknown_keys(spark_conf: Mapping[str, str]) -> None:
+    valid = sorted(setting.key for setting in SETTINGS)
+    for key in spark_conf:
+        if key.startswith("spark.tensorspark.") and key not in valid:
+            raise ConfigError(f"unknown key {key} in the Spark configuration; the valid ones are {', '.join(valid)}")
+
+
+def _label(field: str) -> str:
+    key = next(setting.key for setting in SETTINGS if setting.field == field)
+    return f"{field} (or {key})"
+
+
+assert [setting.field for setting in SETTINGS] == [field.name for field in fields(Config)]

@@ -1,0 +1,161 @@
+"""What happened in a run: `History`, which `SparkSession.run` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MAX_POINTS = 2000
+
+
+@dataclass(frozen=True)
+class Point:
+    """Training between two points in time, over all workers.
+
+    Attributes:
+        seconds: since the run began.
+        num_steps: local steps of all workers so far.
+        num_samples: rows trained on so far.
+        scalars: means over the samples since the point before, by fetch name.
+    """
+
+    seconds: float
+    num_steps: int
+    num_samples: int
+    scalars: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """What one partition's worker did.
+
+    Attributes:
+        host: where the partition's last attempt ran; empty where none came.
+        num_attempts: tasks that held the partition, one after the other.
+        num_pushes: pushes that are in the weights.
+        num_refused: pushes that the server refused.
+        epoch_samples, epoch_seconds: rows and duration of every finished epoch of the last attempt.
+        step_s, sync_s: time in local steps (feeding included), and in pushing, pulling and waiting.
+        finished: whether the partition was trained to its end.
+    """
+
+    partition: int
+    host: str = ""
+    num_attempts: int = 0
+    num_steps: int = 0
+    num_samples: int = 0
+    num_pushes: int = 0
+    num_refused: int = 0
+    epoch_samples: tuple[int, ...] = ()
+    epoch_seconds: tuple[float, ...] = ()
+    step_s: float = 0.0
+    sync_s: float = 0.0
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class History:
+    """What a run did.
+
+    Attributes:
+        name: the session's name.
+        num_steps: local steps, over all workers.
+        num_samples: rows trained on, over all workers and epochs.
+        seconds: from the start of the Spark job to its end.
+        seed: of the shuffles: with it the same batches come again.
+        points: the run's course, at most 2,000 points; a longer run's neighbours are merged.
+        workers: one report a partition.
+    """
+
+    name: str
+    num_steps: int
+    num_samples: int
+    seconds: float
+    seed: int
+    points: tuple[Point, ...] = field(repr=False)
+    workers: tuple[WorkerReport, ...] = field(repr=False)
+
+    @property
+    def samples_per_s(self) -> float:
+        """Rows trained on in a second, start-up of the workers included."""
+        return self.num_samples / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def scalars(self) -> dict[str, NDArray[np.float64]]:
+        """The fetched scalars, one `[len(points)] float64` a fetch; NaN where a point has no value."""
+        names = dict.fromkeys(name for point in self.points for name in point.scalars)
+        return {name: np.array([point.scalars.get(name, np.nan) for point in self.points]) for name in names}
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        """The points' steps, `[len(points)] int64`: the x axis to `scalars`."""
+        return np.array([point.num_steps for point in self.points], np.int64)
+
+
+class Recorder:
+    """Builds a run's points as pushes arrive; when there are too many, merges them pairwise."""
+
+    def __init__(self, max_points: int = _MAX_POINTS) -> None:
+        self._max_points = max_points
+        self._points: list[_Sums] = []
+        self._stride = 1
+        self._num_in_last = 0
+        self.num_steps = 0
+        self.num_samples = 0
+
+    def record(self, seconds: float, num_steps: int, num_samples: int, sums: Mapping[str, float]) -> None:
+        """Adds a push.
+
+        Args:
+            seconds: since the run began.
+            num_steps: local steps that the push stands for.
+            num_samples: their rows.
+            sums: by fetch name, the sum over those rows of the step's value.
+        """
+        self.num_steps += num_steps
+        self.num_samples += num_samples
+        if self._num_in_last % self._stride == 0:
+            self._halve_if_full()
+            self._points.append(_Sums())
+            self._num_in_last = 0
+        self._num_in_last += 1
+        self._points[-1].add(seconds, self.num_steps, self.num_samples, num_samples, dict(sums))
+
+    def points(self) -> tuple[Point, ...]:
+        return tuple(sums.point() for sums in self._points)
+
+    def last(self) -> Point | None:
+        return self._points[-1].point() if self._points else None
+
+    def _halve_if_full(self) -> None:
+        if len(self._points) < self._max_points:
+            return
+        for left, right in zip(self._points[::2], self._points[1::2], strict=False):
+            left.add(right.seconds, right.num_steps, right.num_samples, right.weight, right.sums)
+        self._points = self._points[::2]
+        self._stride *= 2
+
+
+@dataclass
+class _Sums:
+    """A point in the making: sums weighted by samples."""
+
+    seconds: float = 0.0
+    num_steps: int = 0
+    num_samples: int = 0
+    weight: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, seconds: float, num_steps: int, num_samples: int, weight: int, sums: dict[str, Any]) -> None:
+        self.seconds, self.num_steps, self.num_samples = seconds, num_steps, num_samples
+        self.weight += weight
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def point(self) -> Point:
+        means = {name: total / self.weight for name, total in self.sums.items()} if self.weight else {}
+        return Point(self.seconds, self.num_steps, self.num_samples, means)

@@ -1,0 +1,254 @@
+"""How the server merges what a worker pushes into its weights.
+
+A combiner is a `WeightCombiner`. The server calls `merge`, which works on flat buffers; `compute`, on one tensor, is
+the original Tensorspark's interface, what a subclass of your own writes, and what the default `merge` calls.
+
+| combiner | worker pushes | new server weights |
+|---|---|---|
+| `DeltaWeightCombiner` | delta: local weights - pulled weights | w + delta (Downpour SGD, Dean et al. 2012) |
+| `MeanWeightCombiner(num)` | weights | ((num - 1) w + pushed) / num: a moving average |
+| `UpdateMeanWeightCombiner` | weights | pushed at first, then (w + pushed) / 2 |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorspark.errors import CombinerError
+from tensorspark.weights.layout import Buffer, WeightLayout
+
+_BLOCK_BYTES = 2**18  # three of them stay in a core's second-level cache
+
+
+class WeightCombiner:
+    """Base of all combiners: subclass it and write `compute`.
+
+    One thread calls a combiner at a time. An instance belongs to one session; `reset_value` makes it forget.
+
+    >>> class Slow(WeightCombiner):
+    ...     def compute(self, origin_weight, new_weight, worker_id=-1, name=None):
+    ...         return origin_weight + 0.1 * (new_weight - origin_weight)
+    """
+
+    pushes: ClassVar[Literal["weights", "delta"]] = "weights"
+    """What a worker sends: its weights, or their change since its last pull."""
+
+    def compute(
+        self,
+        origin_weight: NDArray[Any],
+        new_weight: NDArray[Any],
+        worker_id: int | str = -1,
+        name: str | None = None,
+    ) -> NDArray[Any]:
+        """New server weights for one tensor.
+
+        Args:
+            origin_weight: the server's value.
+            new_weight: the worker's value, of the same shape and dtype. Both arrays are yours.
+            worker_id: index of the worker's partition.
+            name: the tensor's name, such as ``"W:0"``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define compute(origin_weight, new_weight, ...)")
+
+    def reset_value(self) -> None:
+        """Forgets what earlier pushes left in the combiner."""
+
+    def merge(self, layout: WeightLayout, current: Buffer, pushed: Buffer, out: Buffer, worker_id: int) -> bool:
+        """Writes the new weights to `out`; `current` and `pushed` stay as they are.
+
+        Args:
+            layout: how the three buffers (``[num_bytes] uint8``) are to be read.
+            pushed: weights or deltas, as `pushes` says.
+            worker_id: index of the worker's partition.
+
+        Returns:
+            Whether every number written is finite.
+
+        Raises:
+            CombinerError: `compute` raised, or what it returned has another shape or no fitting dtype.
+        """
+        origins, updates, results = layout.views(current), layout.views(pushed), layout.views(out)
+        finite = True
+        for name, result in results.items():
+            result[...] = self._checked(origins[name], self._new_weight(origins, updates, name), worker_id, name)
+            finite = finite and _is_finite(result.reshape(-1))
+        return finite
+
+    def _new_weight(
+        self, origins: dict[str, NDArray[Any]], updates: dict[str, NDArray[Any]], name: str
+    ) -> NDArray[Any]:
+        return updates[name].copy() if self.pushes == "weights" else np.asarray(origins[name] + updates[name])
+
+    def _checked(self, origin: NDArray[Any], new: NDArray[Any], worker_id: int, name: str) -> NDArray[Any]:
+        who = f"{type(self).__name__}.compute for {name}"
+        try:
+            result = np.asarray(self.compute(origin.copy(), new, worker_id=worker_id, name=name))
+        except Exception as error:
+            raise CombinerError(f"{who} raised {type(error).__name__}: {error}") from error
+        if result.shape != origin.shape:
+            raise CombinerError(f"{who} returned shape {list(result.shape)}, expected {list(origin.shape)}")
+        if not np.can_cast(result.dtype, origin.dtype, "same_kind"):
+            raise CombinerError(f"{who} returned dtype {result.dtype}, expected {origin.dtype}")
+        return result
+
+
+class ElementwiseCombiner(WeightCombiner):
+    """A rule that treats every number alike: `update` sees flat blocks of one dtype, still warm in the cache."""
+
+    def update(self, current: NDArray[Any], pushed: NDArray[Any], out: NDArray[Any]) -> None:
+        """Writes the rule's result to `out`; the three are `[block] dtype` and do not overlap."""
+        raise NotImplementedError
+
+    def merge(self, layout: WeightLayout, current: Buffer, pushed: Buffer, out: Buffer, worker_id: int) -> bool:
+        if not self._computes_as_defined_here():
+            return super().merge(layout, current, pushed, out, worker_id)
+        finite = True
+        with np.errstate(invalid="ignore", over="ignore"):
+            for dtype, block in _blocks(layout):
+                result = out[block].view(dtype)
+                self.update(current[block].view(dtype), pushed[block].view(dtype), result)
+                finite = finite and _is_finite(result)
+        return finite
+
+    def _computes_as_defined_here(self) -> bool:
+        """Whether `compute` is the built-in one, so that `update` says the same."""
+        return type(self).compute.__module__ == __name__
+
+
+class DeltaWeightCombiner(ElementwiseCombiner):
+    """Adds up what the workers changed: w + (new - pulled).
+
+    This is the asynchronous update of Downpour SGD (Dean et al., "Large Scale Distributed Deep Networks", 2012). In a
+    run, the base of a delta is what the worker last pulled. `compute`, called directly, keeps the original's contract:
+    the base is what it last returned for this worker and tensor, and zeros before that.
+
+    >>> combiner = DeltaWeightCombiner()
+    >>> combiner.compute(np.array([0, 0, 0]), np.array([2, 2, 2]), worker_id="1").tolist()
+    [2, 2, 2]
+    """
+
+    pushes = "delta"
+
+    def __init__(self) -> None:
+        self.last_weight: dict[int | str, dict[str | None, NDArray[Any]]] = {}
+
+    def compute(
+        self,
+        origin_weight: NDArray[Any],
+        new_weight: NDArray[Any],
+        worker_id: int | str = -1,
+        name: str | None = None,
+    ) -> NDArray[Any]:
+        """Adds `new_weight` less the worker's base; raises ValueError without a `worker_id`."""
+        if worker_id == -1:
+            raise ValueError("DeltaWeightCombiner.compute needs the worker_id of the worker that pushed, got -1")
+        bases = self.last_weight.setdefault(worker_id, {})
+        base = bases.get(name)
+        updated: NDArray[Any] = origin_weight + (new_weight if base is None else new_weight - base)
+        bases[name] = updated.copy()
+        return updated
+
+    def reset_value(self) -> None:
+        self.last_weight = {}
+
+    def update(self, current: NDArray[Any], pushed: NDArray[Any], out: NDArray[Any]) -> None:
+        np.add(current, pushed, out=out)
+
+    def _checked(self, origin: NDArray[Any], new: NDArray[Any], worker_id: int, name: str) -> NDArray[Any]:
+        # A subclass that calls our compute: `new` is origin + delta, so origin is the base that gives the delta back.
+        self.last_weight.setdefault(worker_id, {})[name] = origin.copy()
+        return super()._checked(origin, new, worker_id, name)
+
+
+class MeanWeightCombiner(ElementwiseCombiner):
+    """Moves the server's weights 1/num of the way to the worker's: ((num - 1) w + new) / num.
+
+    Args:
+        num: usually the number of workers; at least 1.
+    """
+
+    def __init__(self, num: int) -> None:
+        if isinstance(num, bool) or not isinstance(num, int | np.integer) or num < 1:
+            raise ValueError(f"MeanWeightCombiner: num must be an integer of at least 1, got {num!r}")
+        self._num = int(num)
+
+    def compute(
+        self,
+        origin_weight: NDArray[Any],
+        new_weight: NDArray[Any],
+        worker_id: int | str = -1,
+        name: str | None = None,
+    ) -> NDArray[Any]:
+        updated: NDArray[Any] = ((self._num - 1) * origin_weight + new_weight) / self._num
+        return updated
+
+    def update(self, current: NDArray[Any], pushed: NDArray[Any], out: NDArray[Any]) -> None:
+        np.multiply(current, self._num - 1, out=out)
+        np.add(out, pushed, out=out)
+        _divide(out, self._num)
+
+
+class UpdateMeanWeightCombiner(ElementwiseCombiner):
+    """Takes the first push as it is, then the mean of the server's weights and each push.
+
+    Args:
+        server: taken for the original's programs, which passed their server; not needed.
+    """
+
+    def __init__(self, server: object = None) -> None:
+        del server
+        self._seen: set[str | None] = set()
+        self._merged = False
+
+    def compute(
+        self,
+        origin_weight: NDArray[Any],
+        new_weight: NDArray[Any],
+        worker_id: int | str = -1,
+        name: str | None = None,
+    ) -> NDArray[Any]:
+        if name not in self._seen:
+            self._seen.add(name)
+            return new_weight
+        updated: NDArray[Any] = (origin_weight + new_weight) / 2
+        return updated
+
+    def reset_value(self) -> None:
+        self._seen = set()
+        self._merged = False
+
+    def merge(self, layout: WeightLayout, current: Buffer, pushed: Buffer, out: Buffer, worker_id: int) -> bool:
+        finite = super().merge(layout, current, pushed, out, worker_id)
+        self._merged = True
+        return finite
+
+    def update(self, current: NDArray[Any], pushed: NDArray[Any], out: NDArray[Any]) -> None:
+        if not self._merged:
+            out[...] = pushed
+            return
+        np.add(current, pushed, out=out)
+        _divide(out, 2)
+
+
+def _divide(out: NDArray[Any], divisor: int) -> None:
+    """Divides in place; integers (a step counter, say) round towards zero."""
+    np.divide(out, divisor, out=out, casting="unsafe")
+
+
+def _is_finite(block: NDArray[Any]) -> bool:
+    """Whether a flat block holds neither NaN nor infinity: one sum says so, unless it overflows."""
+    if block.dtype.kind in "iu":
+        return True
+    if block.dtype.kind in "fc" and np.isfinite(np.add.reduce(block)):
+        return True
+    return bool(np.isfinite(block).all())
+
+
+def _blocks(layout: WeightLayout) -> Iterator[tuple[np.dtype[Any], slice]]:
+    for run in layout.runs:
+        for start in range(run.start, run.stop, _BLOCK_BYTES):
+            yield run.dtype, slice(start, min(start + _BLOCK_BYTES, run.stop))
