@@ -1,0 +1,1 @@
+"""What is read: batches, the epoch cache, staged files and TFRecords."""

@@ -1,0 +1,1 @@
+"""A real Apache Hadoop HDFS for the tests."""
