@@ -1,0 +1,1 @@
+"""The parameter server: frames, decisions, the Tornado shell around them, and the workers' client."""

@@ -1,0 +1,134 @@
+"""The server's side of one worker's connection: frames in, frames out, each with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tornado.iostream import IOStream, StreamClosedError
+
+from tensorspark.errors import ProtocolError
+from tensorspark.ps import protocol
+from tensorspark.ps.buffers import ReceivePool
+from tensorspark.ps.protocol import Kind
+from tensorspark.weights.layout import Buffer, WeightLayout
+
+logger = logging.getLogger(__name__)
+
+# Up to here a copy costs less than a second system call.
+_JOINED_PAYLOAD_BYTES = 2**15
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame from a worker; `payload` is a pooled buffer that the receiver gives back."""
+
+    kind: Kind
+    header: dict[str, Any]
+    payload: Buffer | None
+
+
+class Connection:
+    """Reads and writes frames on a detached stream. The server's loop owns it.
+
+    Args:
+        number: never used twice on one server.
+        deadline_s: for the rest of a frame once it has begun, and for each write.
+    """
+
+    def __init__(
+        self, number: int, stream: IOStream, layout: WeightLayout, pool: ReceivePool, deadline_s: float
+    ) -> None:
+        self.number = number
+        self._stream = stream
+        self._layout = layout
+        self._pool = pool
+        self._deadline_s = deadline_s
+
+    async def read(self) -> Frame:
+        """The next frame, however long the worker computes before it sends one.
+
+        Raises:
+            ProtocolError: what came is not a frame of a worker.
+            StreamClosedError: the worker is gone.
+            TimeoutError: a frame began and did not end within the deadline.
+        """
+        data = await self._stream.read_bytes(protocol.PREFIX_BYTES)
+        prefix = protocol.decode_prefix(data, protocol.FROM_WORKER, self._layout.num_bytes)
+        expected_bytes = self._layout.num_bytes if prefix.kind is Kind.PUSH else 0
+        if prefix.payload_bytes != expected_bytes:
+            raise ProtocolError(
+                f"expected {prefix.kind.name} to carry {expected_bytes} bytes, got {prefix.payload_bytes}"
+            )
+        async with asyncio.timeout(self._deadline_s):
+            header = protocol.decode_header(await self._stream.read_bytes(prefix.header_bytes))
+        payload = await self._read_payload() if expected_bytes else None
+        return Frame(prefix.kind, header, payload)
+
+    async def _read_payload(self) -> Buffer:
+        buffer = await self._pool.take()
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                await self._stream.read_into(buffer.data)  # type: ignore[arg-type]
+        except BaseException:
+            self.close()
+            self._pool.put_back(buffer)
+            raise
+        return buffer
+
+    def write(
+        self,
+        kind: Kind,
+        header: dict[str, Any],
+        payload: Buffer | None = None,
+        on_written: Callable[[], None] | None = None,
+    ) -> None:
+        """Sends a frame without waiting; a write that outlasts the deadline closes the connection.
+
+        Args:
+            payload: stays as it is until `on_written` is called, which happens also when the connection breaks.
+        """
+        try:
+            written = self._send(protocol.encode(kind, header, 0 if payload is None else payload.nbytes), payload)
+        except StreamClosedError:
+            if on_written:
+                on_written()
+            return
+        if written.done():
+            self._after_write(written, on_written, None)
+            return
+        timer = asyncio.get_running_loop().call_later(self._deadline_s, self._write_is_late)
+        written.add_done_callback(lambda future: self._after_write(future, on_written, timer))
+
+    def _send(self, frame: bytes, payload: Buffer | None) -> asyncio.Future[None]:
+        if payload is None:
+            return self._stream.write(frame)
+        if payload.nbytes <= _JOINED_PAYLOAD_BYTES:
+            return self._stream.write(frame + payload.tobytes())
+        self._stream.write(frame).add_done_callback(_retrieve)
+        return self._stream.write(payload.data)
+
+    def _after_write(
+        self, written: asyncio.Future[None], on_written: Callable[[], None] | None, timer: asyncio.TimerHandle | None
+    ) -> None:
+        if timer:
+            timer.cancel()
+        _retrieve(written)
+        if on_written:
+            on_written()
+
+    def _write_is_late(self) -> None:
+        logger.warning("connection %d: the worker did not read within %g s; closing", self.number, self._deadline_s)
+        self.close()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _retrieve(future: asyncio.Future[None]) -> None:
+    """Takes note of a broken write, which the connection's reader reports anyway."""
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,287 @@
+"""The parameter server: a Tornado HTTP server on a thread of the driver, in front of one `Run` at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import errno
+import hmac
+import itertools
+import json
+import logging
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import tornado.httpserver
+import tornado.netutil
+import tornado.web
+
+from tensorspark.errors import ConfigError, TensorsparkError
+from tensorspark.history import Point, WorkerReport
+from tensorspark.ps import protocol
+from tensorspark.ps.connection import Connection
+from tensorspark.ps.run import Run
+from tensorspark.ps.state import Status
+from tensorspark.weights.combiners import WeightCombiner
+from tensorspark.weights.layout import Buffer, WeightLayout
+
+logger = logging.getLogger(__name__)
+
+_CALL_TIMEOUT_S = 60.0
+_T = TypeVar("_T")
+
+
+class ParameterServer:
+    """Serves the weights of one layout; runs follow one another on it. Its methods may be called from any thread.
+
+    ``GET /healthz`` is open and says that the server lives. ``GET /status`` answers JSON, and ``GET /workers`` upgrades
+    to frames; both want the header ``Authorization: Bearer <token>`` and answer 401 without it.
+
+    Args:
+        layout: of the weights.
+        host: advertised to workers. The server listens on this address alone if it is one of this machine's, else
+            on all interfaces (a forwarded address, say).
+        port: 0 takes a free one.
+        receive_buffer_bytes: bound of the memory for pushes in arrival; one push always fits.
+        io_timeout_s: deadline of one transfer.
+
+    Raises:
+        ConfigError: the port is taken, or the host has no address.
+
+    >>> from tensorspark.weights.layout import TensorSpec
+    >>> with ParameterServer(WeightLayout([TensorSpec("w", (2,), "float32")]), "127.0.0.1") as server:
+    ...     server.port > 0
+    True
+    """
+
+    def __init__(
+        self,
+        layout: WeightLayout,
+        host: str,
+        port: int = 0,
+        *,
+        receive_buffer_bytes: int = 2**28,
+        io_timeout_s: float = 120.0,
+    ) -> None:
+        self.layout = layout
+        self.host = host
+        self.token = secrets.token_urlsafe(32)
+        self._receive_buffer_bytes = receive_buffer_bytes
+        self._io_timeout_s = io_timeout_s
+        self._run: Run | None = None
+        self._num_runs = 0
+        self._connection_numbers = itertools.count(1)
+        self._sockets = _bind(host, port)
+        self.port: int = self._sockets[0].getsockname()[1]
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tensorspark-merge")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, name="tensorspark-server", daemon=True)
+        self._closed = False
+        started = threading.Event()
+        self._loop.call_soon(started.set)
+        self._thread.start()
+        started.wait(_CALL_TIMEOUT_S)
+
+    def __repr__(self) -> str:
+        return f"ParameterServer(host={self.host!r}, port={self.port}, closed={self._closed})"
+
+    def __enter__(self) -> ParameterServer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # Runs
+
+    def begin_run(self, weights: Buffer, combiner: WeightCombiner, num_partitions: int) -> int:
+        """Starts a run from `weights` (copied) and returns its number; workers of earlier runs are refused from now."""
+
+        def begin() -> int:
+            if self._run is not None:
+                self._run.close()
+            self._num_runs += 1
+            self._run = Run(
+                self._num_runs,
+                self.layout,
+                weights,
+                combiner,
+                num_partitions,
+                receive_buffer_bytes=self._receive_buffer_bytes,
+                executor=self._executor,
+            )
+            return self._num_runs
+
+        return self._call(begin)
+
+    def stop_run(self, failure: TensorsparkError | None = None) -> None:
+        """Ends the current run: from now on its workers are refused."""
+        self._call(lambda: self._current().stop(failure))
+
+    def status(self) -> Status:
+        return self._call(lambda: self._current().status())
+
+    def failure(self) -> TensorsparkError | None:
+        """The first thing that went wrong in the current run, as a worker or the combiner reported it."""
+        return self._call(lambda: self._current().state.failure)
+
+    def records(self) -> tuple[tuple[Point, ...], tuple[WorkerReport, ...]]:
+        """The current run's course so far, and what every worker did."""
+        return self._call(lambda: (self._current().points(), self._current().reports()))
+
+    def read_weights(self, out: Buffer) -> int:
+        """Copies the newest weights to `out` and returns their version: the number of pushes in them."""
+        run = self._current()
+        snapshot = self._call(run.store.pin)
+        try:
+            out[:] = snapshot.buffer
+        finally:
+            self._call(lambda: run.store.unpin(snapshot))
+        return snapshot.version
+
+    def close(self) -> None:
+        """Ends the run, closes all connections and the port, and ends the threads. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_CALL_TIMEOUT_S)
+        self._executor.shutdown()
+
+    # The loop's thread
+
+    def _serve(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_until_complete(self._listen())
+        self._loop.run_forever()
+        self._loop.run_until_complete(self._shut_down())
+        self._loop.close()
+
+    async def _listen(self) -> None:
+        application = tornado.web.Application(
+            [(r"/healthz", _Health), (r"/status", _StatusPage), (protocol.PATH, _Workers)],
+            parameter_server=self,
+            log_function=_log_request,
+        )
+        self._http = tornado.httpserver.HTTPServer(
+            application, max_buffer_size=self.layout.num_bytes + 2**20, max_header_size=2**14, max_body_size=2**14
+        )
+        self._http.add_sockets(self._sockets)
+
+    async def _shut_down(self) -> None:
+        self._http.stop()
+        if self._run is not None:
+            self._run.close()
+        await self._http.close_all_connections()
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    def _call(self, function: Callable[[], _T]) -> _T:
+        """Runs `function` on the loop and returns its result."""
+        if self._closed:
+            raise RuntimeError("the parameter server is closed")
+        future: concurrent.futures.Future[_T] = concurrent.futures.Future()
+
+        def call() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._loop.call_soon_threadsafe(call)
+        return future.result(_CALL_TIMEOUT_S)
+
+    def _current(self) -> Run:
+        if self._run is None:
+            raise RuntimeError("no run has begun on this server")
+        return self._run
+
+    # For the handlers
+
+    def is_authorized(self, header: str | None) -> bool:
+        """Whether an ``Authorization`` header carries this server's token."""
+        return hmac.compare_digest((header or "").encode(), f"Bearer {self.token}".encode())
+
+    async def serve_worker(self, handler: tornado.web.RequestHandler) -> None:
+        """Takes over the connection of an upgraded request, until the worker goes."""
+        run = self._run
+        if run is None:
+            raise tornado.web.HTTPError(503, reason="No run has begun")
+        handler.set_status(101)
+        handler.set_header("Upgrade", protocol.UPGRADE)
+        handler.set_header("Connection", "Upgrade")
+        handler.finish()
+        stream = handler.detach()
+        stream.set_nodelay(True)
+        number = next(self._connection_numbers)
+        await run.serve(Connection(number, stream, run.layout, run.pool, self._io_timeout_s))
+
+
+class _Handler(tornado.web.RequestHandler):
+    """Answers errors as one line of plain text, and keeps Tornado's version to itself."""
+
+    @property
+    def parameter_server(self) -> ParameterServer:
+        server: ParameterServer = self.application.settings["parameter_server"]
+        return server
+
+    def set_default_headers(self) -> None:
+        self.clear_header("Server")
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        self.set_header("Content-Type", "text/plain; charset=utf-8")
+        self.finish(f"{status_code} {self._reason}\n")
+
+    def require_token(self) -> None:
+        if not self.parameter_server.is_authorized(self.request.headers.get("Authorization")):
+            raise tornado.web.HTTPError(401)
+
+
+class _Health(_Handler):
+    def get(self) -> None:
+        self.write({"status": "ok"})
+
+
+class _StatusPage(_Handler):
+    def get(self) -> None:
+        self.require_token()
+        run = self.parameter_server._run
+        self.set_header("Content-Type", "application/json")
+        self.write(json.dumps(asdict(run.status()) if run else {"run": 0}))
+
+
+class _Workers(_Handler):
+    async def get(self) -> None:
+        self.require_token()
+        if self.request.headers.get("Upgrade") != protocol.UPGRADE:
+            self.set_header("Upgrade", protocol.UPGRADE)
+            raise tornado.web.HTTPError(426, reason=f"Upgrade to {protocol.UPGRADE} required")
+        await self.parameter_server.serve_worker(self)
+
+
+def _log_request(handler: tornado.web.RequestHandler) -> None:
+    """Logs path and status alone: a header may hold the token."""
+    logger.debug("%s %s %d", handler.request.method, handler.request.path, handler.get_status())
+
+
+def _bind(host: str, port: int) -> list[socket.socket]:
+    try:
+        return tornado.netutil.bind_sockets(port, address=host)
+    except socket.gaierror as error:
+        raise ConfigError(
+            f"server_host {host!r} has no address on the driver ({error}); set server_host "
+            f"(or spark.tensorspark.server.host) to a name or address of the driver that executors can reach"
+        ) from error
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL and host:
+            logger.warning("server_host %s is not an address of this machine: listening on all interfaces", host)
+            return _bind("", port)
+        raise ConfigError(
+            f"port {port} cannot be opened on {host or 'any interface'}: {error}; choose another server_port "
+            f"(or spark.tensorspark.server.port), or 0 for a free one"
+        ) from error
