@@ -1,0 +1,1 @@
+"""The original Tensorspark's import paths."""

@@ -1,0 +1,408 @@
+"""The driver's side: `SparkSession`. Read `SparkSession.run` first, then `tensorspark.worker.run_partition`."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import secrets
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from pyspark import RDD, SparkContext, TaskContext
+
+from tensorspark import config as configuration
+from tensorspark.errors import ConfigError, FeedError, SessionClosedError, WorkerFailedError
+from tensorspark.history import History
+from tensorspark.jobs import SparkJob, num_slots
+from tensorspark.preflight import check_executors
+from tensorspark.progress import ProgressLine
+from tensorspark.ps.client import ServerAddress
+from tensorspark.ps.server import ParameterServer
+from tensorspark.publishing import Publisher
+from tensorspark.weights.combiners import MeanWeightCombiner, WeightCombiner
+from tensorspark.worker import WorkerJob, run_partition
+
+if TYPE_CHECKING:
+    from tensorspark.trainers.graph import Captured
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.1
+_FAILED_JOB_GRACE_S = 1.0
+
+
+class SparkSession:
+    """Trains a TensorFlow session's graph on a Spark cluster, through a parameter server on the driver.
+
+    Args:
+        spark_context: a SparkContext, or a pyspark SparkSession.
+        session: the `tf.compat.v1.Session` that holds the initialized variables. After a run it holds the trained ones.
+        user: who to write to HDFS as (staging only); empty stands for the process's own user.
+        name: shown in progress, history and Spark's web page.
+        target: accepted for the original's programs; workers always run sessions of their own process.
+        server_host, server_port, sync_interval, batch_size, hdfs_dir, tmp_dir: see `tensorspark.config.SETTINGS`; None
+            takes the Spark configuration's value, then the default.
+        graph: the graph to train; None stands for the session's.
+        config: `tf.compat.v1.ConfigProto` of the workers' sessions. Thread counts that it leaves open become
+            ``spark.task.cpus``.
+
+    Raises:
+        ConfigError: a setting that cannot work.
+
+    ::
+
+        with tensorspark.SparkSession(sc, sess, name="mnist", sync_interval=100, batch_size=100) as session:
+            history = session.run(train_step, feed_rdd=rows, feed_name_list=["x:0", "y_:0"], param_list=[W, b],
+                                  weight_combiner=DeltaWeightCombiner(), shuffle_within_partition=True)
+
+    `close` runs at exit too. It ends the server and removes the temporary files; the TensorFlow session and the Spark
+    context stay open: they are yours.
+    """
+
+    _defaults: Mapping[str, Any] = {}
+
+    def __init__(
+        self,
+        spark_context: Any,
+        session: Any,
+        user: str | None = "",
+        name: str = "",
+        target: str = "",
+        server_host: str | None = None,
+        server_port: int | None = None,
+        graph: Any = None,
+        config: Any = None,
+        sync_interval: int | None = None,
+        batch_size: int | None = None,
+        *,
+        hdfs_dir: str | None = None,
+        tmp_dir: str | None = None,
+    ) -> None:
+        self._spark_context = _as_spark_context(spark_context)
+        self._session = _as_tensorflow_session(session)
+        self._name = name
+        self._graph = graph
+        self._session_config = config
+        arguments = {
+            "server_host": server_host,
+            "server_port": server_port,
+            "sync_interval": sync_interval,
+            "batch_size": batch_size,
+            "hdfs_dir": hdfs_dir,
+            "tmp_dir": tmp_dir,
+        }
+        spark_conf = dict(self._spark_context.getConf().getAll())
+        self._config = configuration.resolve(arguments, spark_conf, self._defaults)
+        self._server_host = self._config.server_host or spark_conf.get("spark.driver.host", "localhost")
+        self._num_threads = int(spark_conf.get("spark.task.cpus", "1"))
+        self._run_id = secrets.token_hex(8)
+        self._server: ParameterServer | None = None
+        self._checked: tuple[ServerAddress, Callable[[], bytes]] | None = None
+        self._closed = False
+        self._publisher = Publisher(
+            self._spark_context, self._run_id, self._config.hdfs_dir, self._config.tmp_dir, user or ""
+        )
+        _open_sessions.add(self)
+        if target:
+            logger.warning("target=%r is ignored: workers run sessions of their own process", target)
+
+    def __enter__(self) -> SparkSession:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def run(
+        self,
+        fetches: Any,
+        feed_rdd: RDD[Any] | None = None,
+        feed_name_list: Sequence[str] | None = None,
+        param_list: Iterable[Any] | None = None,
+        feed_dict: Mapping[Any, Any] | None = None,
+        weight_combiner: WeightCombiner | None = None,
+        shuffle_within_partition: bool = False,
+        options: Any = None,
+        run_metadata: Any = None,
+        server_reusable: bool = False,
+        *,
+        num_epochs: int = 1,
+        seed: int | None = None,
+        progress: bool = True,
+    ) -> Any:
+        """Trains on `feed_rdd`; without one it is the TensorFlow session's `run`.
+
+        Args:
+            fetches: what to run on each batch: an operation, a tensor, or a list or dict of them. Scalars are averaged
+                into the history.
+            feed_rdd: rows: tuples with one value for each name in `feed_name_list`. With `num_epochs` over 1, have as
+                many partitions as slots or fewer: a partition is trained for all its epochs at once.
+            feed_name_list: names of the tensors that a row feeds, such as ``["x:0", "y_:0"]``.
+            param_list: the variables to synchronize. Others (an optimizer's slots, say) start from the driver's values
+                on each worker and stay there.
+            feed_dict: with `feed_rdd`: values fed with every batch, such as ``{keep_prob: 0.5}``.
+            weight_combiner: how pushes are merged; None takes `MeanWeightCombiner` over the workers.
+            shuffle_within_partition: shuffles each partition's rows anew in every epoch.
+            options: `RunOptions` for every step.
+            run_metadata: only without `feed_rdd`; workers collect none.
+            server_reusable: keeps the server for the next run; `stop_param_server` or `close` ends it.
+            num_epochs: passes over the feed in one job; rows are decoded once.
+            seed: of the shuffles; None draws one (it is in the history).
+            progress: shows a line on stderr.
+
+        Returns:
+            With `feed_rdd` a `History`, else what the session's `run` returns.
+
+        Raises:
+            SessionClosedError: after `close`.
+            ConfigError, FeedError, GraphError: arguments that cannot work, before a task starts.
+            ServerUnreachableError, StagingError: executors that cannot take part, within seconds.
+            WorkerFailedError: a worker raised or its task was given up; the session's variables are as they were.
+            CombinerError: the combiner raised, or returned weights of the wrong shape.
+        """
+        self._require_open()
+        if feed_rdd is None:
+            return self._session.run(fetches, feed_dict, options, run_metadata)
+        _check_feed(feed_rdd, feed_name_list, param_list, run_metadata)
+        plan = _Plan(
+            num_partitions=feed_rdd.getNumPartitions(),
+            combiner=_as_combiner(weight_combiner, feed_rdd),
+            shuffle=bool(shuffle_within_partition),
+            num_epochs=_checked_count("num_epochs", num_epochs),
+            seed=secrets.randbits(32) if seed is None else _checked_count("seed", seed, minimum=0),
+        )
+        captured = self._capture(fetches, feed_name_list or (), param_list or (), feed_dict, options)
+        try:
+            history = self._train(feed_rdd, captured, plan, progress)
+        except BaseException:
+            self.stop_param_server()
+            raise
+        if not server_reusable:
+            self.stop_param_server()
+        return history
+
+    def get_session(self) -> Any:
+        """The TensorFlow session that was passed in."""
+        return self._session
+
+    def stop_param_server(self) -> None:
+        """Ends the parameter server, if one runs. The next run starts another."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+
+    def close(self) -> None:
+        """Ends the server and removes the temporary files, on the executors' hosts too. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        _open_sessions.discard(self)
+        try:
+            self.stop_param_server()
+        finally:
+            self._publisher.remove()
+
+    # One run
+
+    def _train(self, feed_rdd: RDD[Any], captured: Captured, plan: _Plan, progress: bool) -> History:
+        content = self._publisher.publish(captured.content, captured.spec.content_hash)
+        server = self._server_for(captured)
+        run = server.begin_run(captured.weights, plan.combiner, plan.num_partitions)
+        config = self._config
+        address = ServerAddress(
+            self._server_host, server.port, server.token, config.connect_timeout_s, config.io_timeout_s
+        )
+        self._check_executors(address, content, plan)
+        job = WorkerJob(
+            address=address,
+            run=run,
+            spec=captured.spec,
+            content=content,
+            pushes=plan.combiner.pushes,
+            batch_size=config.batch_size,
+            sync_interval=config.sync_interval,
+            num_epochs=plan.num_epochs,
+            shuffle=plan.shuffle,
+            seed=plan.seed,
+            cache_memory_bytes=config.cache_memory_bytes,
+            tmp_dir=config.tmp_dir,
+        )
+        began = time.monotonic()
+        self._run_job(feed_rdd, job, server, run, progress)
+        return self._conclude(server, captured, plan, time.monotonic() - began)
+
+    def _check_executors(self, address: ServerAddress, content: Callable[[], bytes], plan: _Plan) -> None:
+        if self._checked == (address, content):
+            return
+        num_tasks = max(1, min(plan.num_partitions, num_slots(self._spark_context)))
+        check_executors(self._spark_context, address, content, self._config.tmp_dir, self._run_id, num_tasks)
+        self._checked = (address, content)
+
+    def _run_job(self, feed_rdd: RDD[Any], job: WorkerJob, server: ParameterServer, run: int, progress: bool) -> None:
+        tasks = feed_rdd.mapPartitionsWithIndex(_task(job))
+        line = ProgressLine(self._name, progress)
+        group = f"tensorspark-{self._run_id}-{run}"
+        description = f"tensorspark {self._name}: run {run}, {job.num_epochs} epoch(s)"
+        try:
+            with SparkJob(self._spark_context, tasks.count, group=group, description=description) as spark_job:
+                while not spark_job.wait(_POLL_S):
+                    line.show(server.status())
+                    if server.failure() is not None:
+                        spark_job.cancel()
+                        spark_job.wait(_FAILED_JOB_GRACE_S)
+                        break
+            _raise_failure(server, spark_job.error)
+        except BaseException:
+            line.abandon()
+            raise
+        line.show(server.status(), last=True)
+
+    def _conclude(self, server: ParameterServer, captured: Captured, plan: _Plan, seconds: float) -> History:
+        from tensorspark.trainers import graph
+
+        layout = captured.spec.layout
+        weights = layout.allocate()
+        server.read_weights(weights)
+        graph.assign(self._session, layout, weights)
+        points, workers = server.records()
+        history = History(
+            name=self._name,
+            num_steps=sum(worker.num_steps for worker in workers),
+            num_samples=sum(worker.num_samples for worker in workers),
+            seconds=seconds,
+            seed=plan.seed,
+            points=points,
+            workers=workers,
+        )
+        if not history.num_samples:
+            logger.warning("%s: the feed has no rows: nothing was trained", self._name or "run")
+        return history
+
+    def _capture(
+        self,
+        fetches: Any,
+        feed_names: Sequence[str],
+        params: Iterable[Any],
+        feed_dict: Mapping[Any, Any] | None,
+        options: Any,
+    ) -> Captured:
+        from tensorspark.trainers import graph
+
+        return graph.capture(
+            self._session,
+            fetches,
+            feed_names,
+            params,
+            constants=feed_dict,
+            config=self._session_config,
+            options=options,
+            num_threads=self._num_threads,
+            graph=self._graph,
+        )
+
+    # What lasts longer than a run
+
+    def _server_for(self, captured: Captured) -> ParameterServer:
+        layout = captured.spec.layout
+        if self._server is not None and self._server.layout.fingerprint != layout.fingerprint:
+            self.stop_param_server()
+        if self._server is None:
+            self._server = ParameterServer(
+                layout,
+                self._server_host,
+                self._config.server_port,
+                receive_buffer_bytes=self._config.receive_buffer_bytes,
+                io_timeout_s=self._config.io_timeout_s,
+            )
+        return self._server
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise SessionClosedError("this SparkSession is closed: make a new one to train on")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the caller of `run` chose, checked."""
+
+    num_partitions: int
+    combiner: WeightCombiner
+    shuffle: bool
+    num_epochs: int
+    seed: int
+
+
+_open_sessions: weakref.WeakSet[SparkSession] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_sessions() -> None:
+    for session in list(_open_sessions):
+        session.close()
+
+
+def _task(job: WorkerJob) -> Callable[[int, Iterable[Any]], Iterator[None]]:
+    def train(partition: int, rows: Iterable[Any]) -> Iterator[None]:
+        context = TaskContext.get()
+        assert context is not None
+        run_partition(job, partition, context.taskAttemptId(), rows)
+        return iter(())
+
+    return train
+
+
+def _raise_failure(server: ParameterServer, job_error: BaseException | None) -> None:
+    """Raises what went wrong: what a worker or the combiner reported, else what Spark says."""
+    reported = server.failure()
+    if reported is not None:
+        raise reported from job_error
+    if job_error is not None:
+        raise WorkerFailedError(f"Spark gave the training job up: {job_error}") from job_error
+
+
+def _as_spark_context(spark: Any) -> SparkContext:
+    context = spark if isinstance(spark, SparkContext) else getattr(spark, "sparkContext", None)
+    if not isinstance(context, SparkContext):
+        raise ConfigError(f"spark_context must be a SparkContext or a pyspark SparkSession, got {type(spark).__name__}")
+    if context._jsc is None:
+        raise ConfigError("spark_context is stopped: pass one that runs")
+    return context
+
+
+def _as_tensorflow_session(session: Any) -> Any:
+    if not (callable(getattr(session, "run", None)) and hasattr(session, "graph")):
+        raise ConfigError(f"session must be a tf.compat.v1.Session, got {type(session).__name__}")
+    return session
+
+
+def _as_combiner(combiner: WeightCombiner | None, feed_rdd: RDD[Any]) -> WeightCombiner:
+    if combiner is None:
+        return MeanWeightCombiner(max(1, min(feed_rdd.getNumPartitions(), num_slots(feed_rdd.context))))
+    if not isinstance(combiner, WeightCombiner):
+        raise ConfigError(f"weight_combiner must be a WeightCombiner, such as DeltaWeightCombiner(), got {combiner!r}")
+    return combiner
+
+
+def _check_feed(feed_rdd: Any, feed_names: Any, params: Any, run_metadata: Any) -> None:
+    if not isinstance(feed_rdd, RDD):
+        raise FeedError(
+            f"feed_rdd must be an RDD of tuples, got {type(feed_rdd).__name__}; "
+            f"for a DataFrame pass df.rdd, its columns in the order of feed_name_list"
+        )
+    if not isinstance(feed_names, list | tuple) or not feed_names:
+        raise FeedError(f"feed_name_list must be a list of tensor names such as [x.name, y_.name], got {feed_names!r}")
+    if params is None or isinstance(params, str):
+        raise ConfigError(f"param_list must be a list of the variables to synchronize such as [W, b], got {params!r}")
+    if run_metadata is not None:
+        raise ConfigError("run_metadata cannot be collected from workers: leave it out when feed_rdd is given")
+
+
+def _checked_count(name: str, value: Any, minimum: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    return value

@@ -1,0 +1,1 @@
+"""What computes: a trainer holds a model in an executor's process. Only this room imports TensorFlow."""

@@ -1,0 +1,377 @@
+"""TensorFlow 1 graphs and sessions: captured on the driver, rebuilt and run on the executors.
+
+What travels is the session's GraphDef and the values of all initialized variables that are not synchronized. The
+driver's graph is only read, never added to, so a finalized one will do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorspark.data.batches import Column, Columns
+from tensorspark.errors import FeedError, GraphError
+from tensorspark.trainers.base import Trainer
+from tensorspark.trainers.startup import quiet
+from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
+
+with quiet():
+    import tensorflow.compat.v1 as tf
+
+logger = logging.getLogger(__name__)
+
+_VARIABLE_OPS = ("VarHandleOp", "VariableV2", "Variable")
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """How an executor rebuilds the session and what it runs there. See `capture`.
+
+    Attributes:
+        fetches: name in the history and tensor name of every scalar to average.
+        targets: operations and other tensors to run with each step.
+        constants: values fed with every batch, by tensor name.
+        config: serialized ConfigProto of the worker's session.
+        content_hash: of what `build` takes.
+    """
+
+    layout: WeightLayout
+    columns: tuple[Column, ...]
+    fetches: tuple[tuple[str, str], ...]
+    targets: tuple[str, ...]
+    constants: Mapping[str, NDArray[Any]]
+    config: bytes
+    options: bytes | None
+    content_hash: str
+
+    @cached_property
+    def key(self) -> str:
+        described = [
+            self.content_hash,
+            self.layout.fingerprint,
+            [str((column.name, column.shape, column.dtype)) for column in self.columns],
+            self.fetches,
+            self.targets,
+            [(name, value.dtype.str, value.shape, value.tobytes()) for name, value in self.constants.items()],
+            self.config,
+            self.options,
+        ]
+        packed: bytes = msgpack.packb(described)
+        return hashlib.sha256(packed).hexdigest()
+
+    def build(self, content: bytes) -> GraphTrainer:
+        return GraphTrainer(self, content)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A session as it is now: what to do with it, what to ship, and the weights to begin with."""
+
+    spec: GraphSpec
+    content: bytes = field(repr=False)
+    weights: Buffer = field(repr=False)
+
+
+def capture(
+    session: tf.Session,
+    fetches: Any,
+    feed_names: Sequence[str],
+    params: Iterable[Any],
+    *,
+    constants: Mapping[Any, Any] | None = None,
+    config: tf.ConfigProto | None = None,
+    options: tf.RunOptions | None = None,
+    num_threads: int = 1,
+    graph: tf.Graph | None = None,
+) -> Captured:
+    """Reads off the driver's session all that executors need.
+
+    Args:
+        fetches: an operation, tensor, variable or name, or a (nested) list, tuple or dict of them. Scalar numbers are
+            averaged into the history, by dict key or else tensor name.
+        feed_names: names of the fed tensors, in the order of a row's values.
+        params: variables, or names of variables, to synchronize.
+        constants: values fed with every batch, by tensor or name.
+        config: of the workers' sessions; thread counts that it leaves open become `num_threads`.
+
+    Raises:
+        FeedError: a feed name that is not in the graph, stands twice, or cannot take a batch of any size.
+        GraphError: a fetch or variable that is not in the graph, is uninitialized or not a number.
+    """
+    graph = graph or session.graph
+    variables = _Variables(graph, session)
+    names = [_variable_name(graph, param) for param in params]
+    if not names:
+        raise GraphError("param_list is empty: name the variables to synchronize, such as [W, b]")
+    weights = variables.read(names)
+    layout = _layout(weights)
+    local = {name: value for name, value in variables.read_initialized().items() if name not in weights}
+    content = _pack_content(graph, local)
+    scalars, targets = _split_fetches(graph, fetches)
+    spec = GraphSpec(
+        layout=layout,
+        columns=tuple(_column(graph, name) for name in _without_repeats(feed_names)),
+        fetches=scalars,
+        targets=targets,
+        constants={_tensor(graph, key).name: np.asarray(value) for key, value in (constants or {}).items()},
+        config=_worker_config(config, num_threads).SerializeToString(deterministic=True),
+        options=None if options is None else options.SerializeToString(deterministic=True),
+        content_hash=hashlib.sha256(content).hexdigest(),
+    )
+    return Captured(spec, content, layout.pack(weights))
+
+
+def assign(session: tf.Session, layout: WeightLayout, weights: Buffer) -> None:
+    """Sets the variables of the driver's session to `weights`, which may be reused at once."""
+    _Variables(session.graph, session).load(layout.views(weights))
+
+
+class GraphTrainer(Trainer):
+    """A session in an executor's process, rebuilt from `GraphSpec.build`'s content."""
+
+    def __init__(self, spec: GraphSpec, content: bytes) -> None:
+        self.layout = spec.layout
+        self.columns = spec.columns
+        self.scalar_names = tuple(name for name, _ in spec.fetches)
+        graph_def, self._local = _unpack_content(content)
+        config = tf.ConfigProto.FromString(spec.config)
+        with tf.Graph().as_default() as graph:
+            tf.import_graph_def(graph_def, name="")
+            self._session = tf.Session(graph=graph, config=config)
+            self._variables = _Variables(graph, self._session)
+            self._load, self._load_order = self._make_load(graph)
+            self._read = self._session.make_callable([self._variables.read_tensor(s.name) for s in self.layout.specs])
+            self._step = self._make_step(graph, spec)
+            for operation in graph.get_operations():
+                if operation.type.startswith(("InitializeTable", "LookupTableImport")):
+                    self._session.run(operation)
+
+    def reset(self) -> None:
+        self._variables.load(self._local)
+
+    def load(self, weights: Buffer) -> None:
+        views = self.layout.views(weights)
+        self._load(*[views[name] for name in self._load_order])
+
+    def read(self, out: Buffer) -> None:
+        views = self.layout.views(out)
+        for spec, value in zip(self.layout.specs, self._read(), strict=True):
+            views[spec.name][...] = value
+
+    def step(self, columns: Columns) -> tuple[float, ...]:
+        values = self._step(*columns)
+        return tuple(float(value) for value in values[: len(self.scalar_names)])
+
+    def close(self) -> None:
+        self._session.close()
+
+    def _make_load(self, graph: tf.Graph) -> tuple[Any, list[str]]:
+        placeholders, assigns = [], []
+        for spec in self.layout.specs:
+            placeholder = tf.placeholder(spec.dtype, spec.shape)
+            # TensorFlow feeds an aligned array without a copy, and assigning a resource variable takes over what is
+            # fed: without DeepCopy the variable would share the caller's memory, and change with it.
+            value = tf.raw_ops.DeepCopy(x=placeholder)
+            variable = graph.get_operation_by_name(spec.name.removesuffix(":0"))
+            placeholders.append(placeholder)
+            assigns.append(_assign_op(variable, value))
+        load = self._session.make_callable(tf.group(*assigns), feed_list=placeholders)
+        return load, [spec.name for spec in self.layout.specs]
+
+    def _make_step(self, graph: tf.Graph, spec: GraphSpec) -> Any:
+        scalars = [graph.get_tensor_by_name(name) for _, name in spec.fetches]
+        targets = [_without_value(graph.as_graph_element(name)) for name in spec.targets]
+        feeds = [graph.get_tensor_by_name(name) for name in (*[c.name for c in spec.columns], *spec.constants)]
+        constants = list(spec.constants.values())
+        run = self._session.make_callable([*scalars, *targets], feeds, accept_options=spec.options is not None)
+        if spec.options is not None:
+            options = tf.RunOptions.FromString(spec.options)
+            return lambda *columns: run(*columns, *constants, options=options)
+        if constants:
+            return lambda *columns: run(*columns, *constants)
+        return run
+
+
+class _Variables:
+    """Reads and assigns a graph's variables through the operations that the graph already has."""
+
+    def __init__(self, graph: tf.Graph, session: tf.Session) -> None:
+        self._session = session
+        self._by_name = {op.outputs[0].name: op for op in graph.get_operations() if op.type in _VARIABLE_OPS}
+
+    def read_tensor(self, name: str) -> tf.Tensor:
+        op = self._by_name[name]
+        if op.type != "VarHandleOp":
+            return op.outputs[0]
+        for consumer in op.outputs[0].consumers():
+            if consumer.type == "ReadVariableOp":
+                return consumer.outputs[0]
+        raise GraphError(f"variable {name} has no read operation in the graph: use it before the session is captured")
+
+    def read(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Values of the named variables; raises GraphError for one that does not exist or is not initialized."""
+        for name in names:
+            if name not in self._by_name:
+                known = ", ".join(sorted(self._by_name)[:20]) or "none"
+                raise GraphError(
+                    f"param_list names {name}, which is no variable of the session's graph; it has {known}"
+                )
+            if names.count(name) > 1:
+                raise GraphError(f"param_list names {name} twice")
+        values = {}
+        for name in names:
+            try:
+                values[name] = np.array(self._session.run(self.read_tensor(name)))
+            except tf.errors.FailedPreconditionError as error:
+                raise GraphError(f"variable {name} is not initialized: run its initializer before training") from error
+        return values
+
+    def read_initialized(self) -> dict[str, NDArray[Any]]:
+        """Values of all variables that have one and can be assigned again."""
+        values = {}
+        for name in self._by_name:
+            try:
+                values[name] = np.array(self._session.run(self.read_tensor(name)))
+            except (tf.errors.FailedPreconditionError, GraphError):
+                logger.debug("variable %s is uninitialized or unused: not shipped", name)
+        return values
+
+    def load(self, values: Mapping[str, NDArray[Any]]) -> None:
+        """Assigns by feeding the variables' own initializers, with copies: see `GraphTrainer._make_load`."""
+        assigns = {name: self._initializer(name) for name in values}
+        feed = {op.inputs[1]: np.array(values[name]) for name, op in assigns.items()}
+        self._session.run(list(assigns.values()), feed)
+
+    def _initializer(self, name: str) -> tf.Operation:
+        for consumer in self._by_name[name].outputs[0].consumers():
+            if consumer.type in ("Assign", "AssignVariableOp") and consumer.inputs[0] is self._by_name[name].outputs[0]:
+                return consumer
+        raise GraphError(f"variable {name} has no initializer in the graph, so it cannot be given a value")
+
+
+def _assign_op(variable: tf.Operation, value: tf.Tensor) -> tf.Operation:
+    target = variable.outputs[0]
+    if variable.type == "VarHandleOp":
+        return tf.raw_ops.AssignVariableOp(resource=target, value=value)
+    return tf.raw_ops.Assign(ref=target, value=value, use_locking=False).op
+
+
+def _without_value(element: tf.Operation | tf.Tensor) -> tf.Operation:
+    return element.op if isinstance(element, tf.Tensor) else element
+
+
+def _variable_name(graph: tf.Graph, param: Any) -> str:
+    name = param if isinstance(param, str) else getattr(param, "name", None)
+    if not isinstance(name, str):
+        raise GraphError(f"param_list holds {param!r}; expected a variable such as tf.Variable makes, or its name")
+    if getattr(param, "graph", graph) is not graph:
+        raise GraphError(f"variable {name} belongs to another graph than the session's")
+    return name if ":" in name else f"{name}:0"
+
+
+def _layout(weights: Mapping[str, NDArray[Any]]) -> WeightLayout:
+    try:
+        return WeightLayout(TensorSpec(name, value.shape, value.dtype.name) for name, value in weights.items())
+    except ValueError as error:
+        raise GraphError(f"param_list cannot be synchronized: {error}") from error
+
+
+def _tensor(graph: tf.Graph, key: Any) -> tf.Tensor:
+    try:
+        return graph.as_graph_element(key, allow_operation=False)
+    except (KeyError, ValueError, TypeError) as error:
+        raise FeedError(f"{key!r} is not a tensor of the session's graph: {error}") from error
+
+
+def _without_repeats(feed_names: Sequence[str]) -> Sequence[str]:
+    for name in feed_names:
+        if list(feed_names).count(name) > 1:
+            raise FeedError(f"feed_name_list names {name} twice")
+    return feed_names
+
+
+def _column(graph: tf.Graph, name: str) -> Column:
+    try:
+        tensor = graph.as_graph_element(name if ":" in str(name) else f"{name}:0", allow_operation=False)
+    except (KeyError, ValueError, TypeError) as error:
+        placeholders = ", ".join(op.outputs[0].name for op in graph.get_operations() if op.type == "Placeholder")
+        raise FeedError(
+            f"feed_name_list names {name!r}, which is not in the session's graph; its placeholders are {placeholders}"
+        ) from error
+    rank = tensor.shape.rank
+    if rank == 0 or (rank is not None and tensor.shape[0] is not None and tensor.shape.as_list()[0] is not None):
+        raise FeedError(
+            f"{name} has shape {tensor.shape}; expected None as its first dimension, since the last batch of an epoch "
+            f"can be smaller: declare it as tf.placeholder(..., [None, ...])"
+        )
+    shape = None if rank is None else tuple(tensor.shape.as_list()[1:])
+    return Column(tensor.name, shape, np.dtype(tensor.dtype.as_numpy_dtype).name)
+
+
+def _split_fetches(graph: tf.Graph, fetches: Any) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    scalars: dict[str, str] = {}
+    targets: list[str] = []
+    for key, fetch in _flatten(fetches):
+        try:
+            element = graph.as_graph_element(fetch, allow_tensor=True, allow_operation=True)
+        except (KeyError, ValueError, TypeError) as error:
+            raise GraphError(f"fetch {fetch!r} is not in the session's graph: {error}") from error
+        if isinstance(element, tf.Tensor) and _is_scalar_number(element):
+            scalars[key or element.name] = element.name
+        else:
+            targets.append(element.name)
+    if not scalars and not targets:
+        raise GraphError("fetches is empty: pass the training operation, and with it what to record, such as a loss")
+    return tuple(scalars.items()), tuple(targets)
+
+
+def _flatten(fetches: Any, key: str = "") -> list[tuple[str, Any]]:
+    if isinstance(fetches, Mapping):
+        return [
+            leaf for name, fetch in fetches.items() for leaf in _flatten(fetch, f"{key}/{name}" if key else str(name))
+        ]
+    if isinstance(fetches, list | tuple):
+        return [leaf for i, fetch in enumerate(fetches) for leaf in _flatten(fetch, f"{key}/{i}" if key else "")]
+    return [(key, fetches)]
+
+
+def _is_scalar_number(tensor: tf.Tensor) -> bool:
+    dtype = tensor.dtype.base_dtype
+    return tensor.shape.rank == 0 and bool(dtype.is_floating or dtype.is_integer or dtype.is_bool)
+
+
+def _worker_config(config: tf.ConfigProto | None, num_threads: int) -> tf.ConfigProto:
+    result = tf.ConfigProto()
+    if config is not None:
+        result.CopyFrom(config)
+    result.intra_op_parallelism_threads = result.intra_op_parallelism_threads or num_threads
+    result.inter_op_parallelism_threads = result.inter_op_parallelism_threads or num_threads
+    return result
+
+
+def _pack_content(graph: tf.Graph, local: Mapping[str, NDArray[Any]]) -> bytes:
+    variables = []
+    for name, value in local.items():
+        if value.dtype.kind == "O":
+            logger.warning("variable %s holds strings: workers start without a value for it", name)
+            continue
+        variables.append([name, value.dtype.name, value.shape, value.tobytes()])
+    graph_def = graph.as_graph_def().SerializeToString(deterministic=True)
+    packed: bytes = msgpack.packb({"graph": graph_def, "variables": variables})
+    return packed
+
+
+def _unpack_content(content: bytes) -> tuple[tf.GraphDef, dict[str, NDArray[Any]]]:
+    unpacked = msgpack.unpackb(content)
+    local = {
+        name: np.frombuffer(data, np.dtype(dtype)).reshape(shape) for name, dtype, shape, data in unpacked["variables"]
+    }
+    return tf.GraphDef.FromString(unpacked["graph"]), local

@@ -1,0 +1,36 @@
+"""Imports TensorFlow without its start-up chatter, which no environment variable turns off."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+
+_TALKATIVE_LEVELS = ("0", "1")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what native code writes to stderr inside the block to itself, unless the block fails.
+
+    ``TF_CPP_MIN_LOG_LEVEL`` of 0 or 1 lets everything through; unset, it becomes 2 (errors only).
+    """
+    level = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if level in _TALKATIVE_LEVELS or "tensorflow" in sys.modules:
+        yield
+        return
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as kept:
+        stderr = os.dup(2)
+        try:
+            os.dup2(kept.fileno(), 2)
+            yield
+        except BaseException:
+            kept.seek(0)
+            os.write(stderr, kept.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
