@@ -7,6 +7,7 @@ default. The table in the README and ``conf/spark-defaults.conf`` list the same 
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -117,13 +118,13 @@ class Config:
         name: str,
         *,
         minimum: float,
-        maximum: float = float("inf"),
+        maximum: float = sys.maxsize,
         is_integer: bool = True,
     ) -> None:
         value: Any = getattr(self, name)
         kind = int if is_integer else int | float
         if isinstance(value, bool) or not isinstance(value, kind) or not minimum <= value <= maximum:
-            expected = f"at least {minimum}" if maximum == float("inf") else f"from {minimum} to {maximum}"
+            expected = f"of at least {minimum}" if maximum == sys.maxsize else f"from {minimum} to {maximum}"
             noun = "an integer" if is_integer else "a number"
             raise ConfigError(f"{_label(name)} must be {noun} {expected}, got {value!r}")
 

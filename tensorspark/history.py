@@ -38,7 +38,7 @@ class WorkerReport:
         num_attempts: tasks that held the partition, one after the other.
         num_pushes: pushes that are in the weights.
         num_refused: pushes that the server refused.
-        epoch_samples, epoch_seconds: rows and duration of every finished epoch of the last attempt.
+        epoch_samples, epoch_seconds: rows and duration of the last attempt's finished epochs (of the last 1,000).
         step_s, sync_s: time in local steps (feeding included), and in pushing, pulling and waiting.
         finished: whether the partition was trained to its end.
     """

@@ -8,22 +8,22 @@ import secrets
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from pyspark import RDD, SparkContext, TaskContext
+from pyspark import RDD, TaskContext
 
 from tensorspark import config as configuration
-from tensorspark.errors import ConfigError, FeedError, SessionClosedError, WorkerFailedError
+from tensorspark.driver.arguments import RunPlan, as_spark_context, as_tensorflow_session, check_feed, make_plan
+from tensorspark.driver.jobs import SparkJob, num_slots
+from tensorspark.driver.preflight import check_executors
+from tensorspark.driver.progress import ProgressLine
+from tensorspark.driver.publishing import Publisher
+from tensorspark.errors import SessionClosedError, WorkerFailedError
 from tensorspark.history import History
-from tensorspark.jobs import SparkJob, num_slots
-from tensorspark.preflight import check_executors
-from tensorspark.progress import ProgressLine
 from tensorspark.ps.client import ServerAddress
 from tensorspark.ps.server import ParameterServer
-from tensorspark.publishing import Publisher
-from tensorspark.weights.combiners import MeanWeightCombiner, WeightCombiner
+from tensorspark.weights.combiners import WeightCombiner
 from tensorspark.worker import WorkerJob, run_partition
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ class SparkSession:
         hdfs_dir: str | None = None,
         tmp_dir: str | None = None,
     ) -> None:
-        self._spark_context = _as_spark_context(spark_context)
-        self._session = _as_tensorflow_session(session)
+        self._spark_context = as_spark_context(spark_context)
+        self._session = as_tensorflow_session(session)
         self._name = name
         self._graph = graph
         self._session_config = config
@@ -168,14 +168,8 @@ class SparkSession:
         self._require_open()
         if feed_rdd is None:
             return self._session.run(fetches, feed_dict, options, run_metadata)
-        _check_feed(feed_rdd, feed_name_list, param_list, run_metadata)
-        plan = _Plan(
-            num_partitions=feed_rdd.getNumPartitions(),
-            combiner=_as_combiner(weight_combiner, feed_rdd),
-            shuffle=bool(shuffle_within_partition),
-            num_epochs=_checked_count("num_epochs", num_epochs),
-            seed=secrets.randbits(32) if seed is None else _checked_count("seed", seed, minimum=0),
-        )
+        check_feed(feed_rdd, feed_name_list, param_list, run_metadata)
+        plan = make_plan(feed_rdd, weight_combiner, shuffle_within_partition, num_epochs, seed)
         captured = self._capture(fetches, feed_name_list or (), param_list or (), feed_dict, options)
         try:
             history = self._train(feed_rdd, captured, plan, progress)
@@ -209,7 +203,7 @@ class SparkSession:
 
     # One run
 
-    def _train(self, feed_rdd: RDD[Any], captured: Captured, plan: _Plan, progress: bool) -> History:
+    def _train(self, feed_rdd: RDD[Any], captured: Captured, plan: RunPlan, progress: bool) -> History:
         content = self._publisher.publish(captured.content, captured.spec.content_hash)
         server = self._server_for(captured)
         run = server.begin_run(captured.weights, plan.combiner, plan.num_partitions)
@@ -236,7 +230,7 @@ class SparkSession:
         self._run_job(feed_rdd, job, server, run, progress)
         return self._conclude(server, captured, plan, time.monotonic() - began)
 
-    def _check_executors(self, address: ServerAddress, content: Callable[[], bytes], plan: _Plan) -> None:
+    def _check_executors(self, address: ServerAddress, content: Callable[[], bytes], plan: RunPlan) -> None:
         if self._checked == (address, content):
             return
         num_tasks = max(1, min(plan.num_partitions, num_slots(self._spark_context)))
@@ -262,7 +256,7 @@ class SparkSession:
             raise
         line.show(server.status(), last=True)
 
-    def _conclude(self, server: ParameterServer, captured: Captured, plan: _Plan, seconds: float) -> History:
+    def _conclude(self, server: ParameterServer, captured: Captured, plan: RunPlan, seconds: float) -> History:
         from tensorspark.trainers import graph
 
         layout = captured.spec.layout
@@ -326,17 +320,6 @@ class SparkSession:
             raise SessionClosedError("this SparkSession is closed: make a new one to train on")
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What the caller of `run` chose, checked."""
-
-    num_partitions: int
-    combiner: WeightCombiner
-    shuffle: bool
-    num_epochs: int
-    seed: int
-
-
 _open_sessions: weakref.WeakSet[SparkSession] = weakref.WeakSet()
 
 
@@ -363,46 +346,3 @@ def _raise_failure(server: ParameterServer, job_error: BaseException | None) -> 
         raise reported from job_error
     if job_error is not None:
         raise WorkerFailedError(f"Spark gave the training job up: {job_error}") from job_error
-
-
-def _as_spark_context(spark: Any) -> SparkContext:
-    context = spark if isinstance(spark, SparkContext) else getattr(spark, "sparkContext", None)
-    if not isinstance(context, SparkContext):
-        raise ConfigError(f"spark_context must be a SparkContext or a pyspark SparkSession, got {type(spark).__name__}")
-    if context._jsc is None:
-        raise ConfigError("spark_context is stopped: pass one that runs")
-    return context
-
-
-def _as_tensorflow_session(session: Any) -> Any:
-    if not (callable(getattr(session, "run", None)) and hasattr(session, "graph")):
-        raise ConfigError(f"session must be a tf.compat.v1.Session, got {type(session).__name__}")
-    return session
-
-
-def _as_combiner(combiner: WeightCombiner | None, feed_rdd: RDD[Any]) -> WeightCombiner:
-    if combiner is None:
-        return MeanWeightCombiner(max(1, min(feed_rdd.getNumPartitions(), num_slots(feed_rdd.context))))
-    if not isinstance(combiner, WeightCombiner):
-        raise ConfigError(f"weight_combiner must be a WeightCombiner, such as DeltaWeightCombiner(), got {combiner!r}")
-    return combiner
-
-
-def _check_feed(feed_rdd: Any, feed_names: Any, params: Any, run_metadata: Any) -> None:
-    if not isinstance(feed_rdd, RDD):
-        raise FeedError(
-            f"feed_rdd must be an RDD of tuples, got {type(feed_rdd).__name__}; "
-            f"for a DataFrame pass df.rdd, its columns in the order of feed_name_list"
-        )
-    if not isinstance(feed_names, list | tuple) or not feed_names:
-        raise FeedError(f"feed_name_list must be a list of tensor names such as [x.name, y_.name], got {feed_names!r}")
-    if params is None or isinstance(params, str):
-        raise ConfigError(f"param_list must be a list of the variables to synchronize such as [W, b], got {params!r}")
-    if run_metadata is not None:
-        raise ConfigError("run_metadata cannot be collected from workers: leave it out when feed_rdd is given")
-
-
-def _checked_count(name: str, value: Any, minimum: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(f"{name} must be an integer of at least {minimum}, got {value!r}")
-    return value

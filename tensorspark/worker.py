@@ -23,6 +23,8 @@ from tensorspark.ps.state import Cursor, Push, Registration
 from tensorspark.trainers.base import Trainer, TrainerSpec, obtain
 from tensorspark.weights.layout import Buffer, WeightLayout
 
+_MAX_REPORTED_EPOCHS = 1000  # they must fit into a frame's header
+
 
 @dataclass(frozen=True)
 class WorkerJob:
@@ -97,8 +99,8 @@ def _train(job: WorkerJob, partition: int, rows: Iterator[Any], client: Paramete
                 steps.run(batch)
             exchange.push(steps)
         client.finish(
-            epoch_samples=clock.epoch_samples,
-            epoch_seconds=clock.epoch_seconds,
+            epoch_samples=clock.epoch_samples[-_MAX_REPORTED_EPOCHS:],
+            epoch_seconds=clock.epoch_seconds[-_MAX_REPORTED_EPOCHS:],
             step_s=clock.step_s,
             sync_s=exchange.sync_s,
         )

@@ -46,7 +46,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch and its place: `index` in epoch `epoch`, both from 0; `num_batches` of the epoch, None if not yet known."""
+    """A batch and its place: `index` in `epoch`, both from 0; `num_batches` of the epoch, None if not known yet."""
 
     epoch: int
     index: int
@@ -99,7 +99,7 @@ class PartitionFeed:
         """Batches from batch `index` of epoch `epoch` on, to the end of the last epoch."""
         if self._shuffle or epoch > 0:
             for block in self._decode(_BLOCK_ROWS):
-                self._cache.append(block)
+                self._keep(block)
         else:
             yield from self._stream(index)
             epoch, index = 1, 0
@@ -123,12 +123,18 @@ class PartitionFeed:
         index = 0
         while block is not None:
             if self._num_epochs > 1:
-                self._cache.append(block)
+                self._keep(block)
             following = next(blocks, None)
             num_batches = index + 1 if following is None else None
             if index >= start:
                 yield Batch(0, index, block, num_batches, following is None)
             block, index = following, index + 1
+
+    def _keep(self, block: Columns) -> None:
+        try:
+            self._cache.append(block)
+        except FeedError as error:
+            raise FeedError(f"partition {self._partition}: {error}") from error
 
     def _cut(self, columns: Columns, epoch: int, start: int) -> Iterator[Batch]:
         num_rows, size = len(columns[0]), self._batch_size
@@ -153,6 +159,8 @@ class PartitionFeed:
         )
 
     def _split(self, row: Any, index: int) -> Sequence[Any]:
+        if isinstance(row, list) and self._is_bare_list(row):
+            return (row,)
         if isinstance(row, tuple | list) and len(row) == len(self._columns):
             return row
         if len(self._columns) == 1 and not isinstance(row, tuple):
@@ -163,6 +171,10 @@ class PartitionFeed:
             f"{self._where(index)}: expected a tuple of {len(self._columns)} values ({names}), got {got}; "
             f"make the feed's rows as long as feed_name_list"
         )
+
+    def _is_bare_list(self, row: list[Any]) -> bool:
+        """Whether `row` is the value of a single column of shape [1], and not a row that holds it."""
+        return len(self._columns) == 1 and self._columns[0].shape == (1,) and np.ndim(row) == 1
 
     def _stack(self, column: Column, values: list[Any], first_row: int) -> NDArray[Any]:
         try:
@@ -179,12 +191,12 @@ class PartitionFeed:
 
     def _check_value(self, column: Column, value: Any, index: int) -> None:
         try:
-            array = _to_array([value], column.dtype)[0]
+            shape = _to_array([value], column.dtype).shape[1:]
         except (ValueError, TypeError) as error:
             raise FeedError(f"{self._where(index)}: expected {column} for {column.name}: {error}") from error
-        if not column.fits(array.shape):
+        if not column.fits(shape):
             raise FeedError(
-                f"{self._where(index)}: expected {column} for {column.name}, got shape {_shape_text(array.shape)}"
+                f"{self._where(index)}: expected {column} for {column.name}, got shape {_shape_text(shape)}"
             )
 
     def _where(self, index: int) -> str:
@@ -200,11 +212,35 @@ def permutation(seed: int, epoch: int, partition: int, num_rows: int) -> NDArray
 def _to_array(values: list[Any], dtype: str) -> NDArray[Any]:
     target = np.dtype(dtype)
     if target.kind == "O":
-        return np.array([np.asarray(value, object) for value in values], object)
+        return _to_strings(values)
     array = np.stack(values) if isinstance(values[0], np.ndarray) else np.asarray(values)
-    if not np.can_cast(array.dtype, target, "same_kind"):
+    both_integers = array.dtype.kind in "iu" and target.kind in "iu"
+    if not both_integers and not np.can_cast(array.dtype, target, "same_kind"):
         raise TypeError(f"got {array.dtype}, which does not convert to {dtype} without loss")
-    return array.astype(target, copy=False)
+    if array.dtype == target:
+        return array
+    with np.errstate(over="ignore"):
+        converted = array.astype(target, copy=False)
+    if both_integers and array.size:
+        limits = np.iinfo(target)
+        if array.min() < limits.min or array.max() > limits.max:
+            raise ValueError(f"got a number out of {dtype}'s range [{limits.min}, {limits.max}]")
+    if (
+        array.dtype.kind == "f"
+        and target.itemsize < array.itemsize
+        and not (np.isfinite(converted) == np.isfinite(array)).all()
+    ):
+        raise ValueError(f"got a number that is too large for {dtype}")
+    return converted
+
+
+def _to_strings(values: list[Any]) -> NDArray[Any]:
+    """`values` (strings, or equally nested ones) as an object array that holds the strings themselves."""
+    array = np.array([value.tolist() if isinstance(value, np.ndarray) else value for value in values], object)
+    for value in array.flat:
+        if not isinstance(value, str | bytes):
+            raise TypeError(f"got a {type(value).__name__}, not a string")
+    return array
 
 
 def _shape_text(shape: tuple[int | None, ...]) -> str:

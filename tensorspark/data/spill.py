@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from typing import IO, Any
 
@@ -29,6 +30,7 @@ class EpochCache:
         self._blocks: list[tuple[NDArray[Any], ...]] = []
         self._num_bytes = 0
         self._num_rows = 0
+        self._num_written = 0
         self._files: list[IO[bytes] | None] | None = None
         self._first: tuple[NDArray[Any], ...] | None = None
 
@@ -72,7 +74,8 @@ class EpochCache:
         self._blocks = []
         for file in self._files or []:
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):  # a full disk has been reported, and the rows are of no more use
+                    file.close()
 
     def _column(self, position: int) -> NDArray[Any]:
         assert self._first is not None
@@ -80,7 +83,6 @@ class EpochCache:
         if file is None:
             blocks = [block[position] for block in self._blocks]
             return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
-        file.flush()
         first = self._first[position]
         return np.memmap(file, first.dtype, "r", shape=(self._num_rows, *first.shape[1:]))
 
@@ -89,22 +91,34 @@ class EpochCache:
         try:
             if self._files is None:
                 self._files = [self._open(column) for column in self._first]
-            kept = []
-            for block in self._blocks:
+            for block in self._blocks[self._num_written :]:
                 for column, file in zip(block, self._files, strict=True):
                     if file is not None:
-                        file.write(np.ascontiguousarray(column).data)
-                kept.append(
-                    tuple(column if f is None else column[:0] for column, f in zip(block, self._files, strict=True))
-                )
+                        file.write(_bytes_of(column))
+            for file in self._files:
+                if file is not None:
+                    file.flush()
         except OSError as error:
             raise StagingError(
                 f"cannot keep the decoded partition in {self._directory}: {error}; set spark.tmp.dir to a local "
                 f"directory with room for it, or raise spark.tensorspark.cache.memory"
             ) from error
-        self._blocks = kept if any(file is None for file in self._files) else []
+        # What is in a file is let go of: an empty view would hold on to the block it is cut from.
+        self._blocks[self._num_written :] = [
+            tuple(
+                column if file is None else np.empty(0, column.dtype)
+                for column, file in zip(block, self._files, strict=True)
+            )
+            for block in self._blocks[self._num_written :]
+        ]
+        self._num_written = len(self._blocks)
 
     def _open(self, column: NDArray[Any]) -> IO[bytes] | None:
         if column.dtype.kind == "O" or column.itemsize == 0 or 0 in column.shape[1:]:
             return None
         return tempfile.TemporaryFile(dir=self._directory, prefix="tensorspark-epoch-")
+
+
+def _bytes_of(column: NDArray[Any]) -> memoryview:
+    # Through uint8: bfloat16 and its like know no buffer protocol.
+    return np.ascontiguousarray(column).reshape(-1).view(np.uint8).data

@@ -1,8 +1,8 @@
 """Files that the driver publishes once and every executor fetches once per host.
 
 The driver puts a run's files in ``<spark.hdfs.dir>/tensorspark-<run id>``, on any filesystem that fsspec knows;
-executors copy them to ``<spark.tmp.dir>/tensorspark-<run id>``, named by the hash of their content. ``hdfs://`` goes
-through hdfs-native, which reads ``HADOOP_CONF_DIR`` but needs neither Java nor libhdfs.
+executors copy them to ``<spark.tmp.dir>/tensorspark-local-<run id>``, named by the hash of their content. ``hdfs://``
+goes through hdfs-native, which reads ``HADOOP_CONF_DIR`` but needs neither Java nor libhdfs.
 
 hdfs-native has three habits that this module works around:
 
@@ -98,9 +98,10 @@ class StagingDirectory:
         Raises:
             StagingError: `base_url` is absent, a file, not writable or does not answer, or another run has this id.
         """
+        _check_plain_name("run_id", run_id)
         filesystem, base_path = open_filesystem(base_url, user)
         self._user = user
-        self._path = f"{base_path.rstrip('/')}/{_directory_name(run_id)}"
+        self._path = f"{base_path.rstrip('/')}/tensorspark-{run_id}"
         self._url: str = filesystem.unstrip_protocol(self._path)
         _attempt("create", self._url, lambda: _create_run_directory(filesystem, base_url, base_path, self._path))
 
@@ -171,7 +172,8 @@ def fetch(staged: StagedFile, tmp_dir: str, run_id: str) -> Path:
 
 def local_run_dir(tmp_dir: str, run_id: str) -> Path:
     """Where a run keeps its files on this host; it need not exist."""
-    return Path(tmp_dir) / _directory_name(run_id)
+    _check_plain_name("run_id", run_id)
+    return Path(tmp_dir) / f"tensorspark-local-{run_id}"  # not the staged directory's name: both may be in /tmp
 
 
 def make_local_run_dir(tmp_dir: str, run_id: str) -> Path:
@@ -210,11 +212,6 @@ def remove_local(tmp_dir: str, run_id: str) -> None:
         raise StagingError(
             f"spark.tmp.dir: could not remove '{directory}' on {socket.gethostname()}. Check who owns it and its files."
         )
-
-
-def _directory_name(run_id: str) -> str:
-    _check_plain_name("run_id", run_id)
-    return f"tensorspark-{run_id}"
 
 
 def _check_plain_name(argument: str, name: str) -> None:

@@ -143,6 +143,11 @@ def count(header: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def numbers(header: Mapping[str, Any], name: str, kind: type[_T]) -> tuple[_T, ...]:
+    """A header's field that is a list of `kind`."""
+    return tuple(field({name: value}, name, kind) for value in field(header, name, list))
+
+
 def refusal_header(error: RefusedError) -> dict[str, str]:
     """The header of a REFUSED frame."""
     return {"code": error.code, "message": str(error)}

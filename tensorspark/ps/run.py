@@ -117,8 +117,8 @@ class Run:
         elif frame.kind is Kind.FINISH:
             decisions = self.state.finish(
                 number,
-                epoch_samples=tuple(int(n) for n in protocol.field(header, "epoch_samples", list)),
-                epoch_seconds=tuple(float(s) for s in protocol.field(header, "epoch_seconds", list)),
+                epoch_samples=protocol.numbers(header, "epoch_samples", int),
+                epoch_seconds=protocol.numbers(header, "epoch_seconds", float),
                 step_s=protocol.field(header, "step_s", float),
                 sync_s=protocol.field(header, "sync_s", float),
             )

@@ -17,7 +17,6 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 import tornado.httpserver
-import tornado.netutil
 import tornado.web
 
 from tensorspark.errors import ConfigError, TensorsparkError
@@ -79,12 +78,10 @@ class ParameterServer:
         self.port: int = self._sockets[0].getsockname()[1]
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tensorspark-merge")
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._serve, name="tensorspark-server", daemon=True)
+        self._closing = asyncio.Event()
         self._closed = False
-        started = threading.Event()
-        self._loop.call_soon(started.set)
+        self._thread = threading.Thread(target=self._run_loop, name="tensorspark-server", daemon=True)
         self._thread.start()
-        started.wait(_CALL_TIMEOUT_S)
 
     def __repr__(self) -> str:
         return f"ParameterServer(host={self.host!r}, port={self.port}, closed={self._closed})"
@@ -147,39 +144,31 @@ class ParameterServer:
         if self._closed:
             return
         self._closed = True
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join(_CALL_TIMEOUT_S)
         self._executor.shutdown()
 
     # The loop's thread
 
-    def _serve(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_until_complete(self._listen())
-        self._loop.run_forever()
-        self._loop.run_until_complete(self._shut_down())
-        self._loop.close()
+    def _run_loop(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve())
 
-    async def _listen(self) -> None:
+    async def _serve(self) -> None:
         application = tornado.web.Application(
             [(r"/healthz", _Health), (r"/status", _StatusPage), (protocol.PATH, _Workers)],
             parameter_server=self,
             log_function=_log_request,
         )
-        self._http = tornado.httpserver.HTTPServer(
+        http = tornado.httpserver.HTTPServer(
             application, max_buffer_size=self.layout.num_bytes + 2**20, max_header_size=2**14, max_body_size=2**14
         )
-        self._http.add_sockets(self._sockets)
-
-    async def _shut_down(self) -> None:
-        self._http.stop()
+        http.add_sockets(self._sockets)
+        await self._closing.wait()
+        http.stop()
         if self._run is not None:
             self._run.close()
-        await self._http.close_all_connections()
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await http.close_all_connections()
 
     def _call(self, function: Callable[[], _T]) -> _T:
         """Runs `function` on the loop and returns its result."""
@@ -271,7 +260,7 @@ def _log_request(handler: tornado.web.RequestHandler) -> None:
 
 def _bind(host: str, port: int) -> list[socket.socket]:
     try:
-        return tornado.netutil.bind_sockets(port, address=host)
+        return _listening_sockets(host, port)
     except socket.gaierror as error:
         raise ConfigError(
             f"server_host {host!r} has no address on the driver ({error}); set server_host "
@@ -285,3 +274,22 @@ def _bind(host: str, port: int) -> list[socket.socket]:
             f"port {port} cannot be opened on {host or 'any interface'}: {error}; choose another server_port "
             f"(or spark.tensorspark.server.port), or 0 for a free one"
         ) from error
+
+
+def _listening_sockets(host: str, port: int) -> list[socket.socket]:
+    """One socket for each of the host's addresses, all on one port."""
+    addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets: list[socket.socket] = []
+    for family, _, _, _, address in dict.fromkeys(addresses):
+        try:
+            listener = socket.create_server((address[0], port), family=family, backlog=1024)
+        except OSError as error:
+            if sockets and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                continue  # "localhost" may have an IPv6 address that the machine does not
+            for opened in sockets:
+                opened.close()
+            raise
+        listener.setblocking(False)
+        port = listener.getsockname()[1]
+        sockets.append(listener)
+    return sockets

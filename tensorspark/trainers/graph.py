@@ -115,13 +115,15 @@ def capture(
     layout = _layout(weights)
     local = {name: value for name, value in variables.read_initialized().items() if name not in weights}
     content = _pack_content(graph, local)
-    scalars, targets = _split_fetches(graph, fetches)
+    columns = _without_repeats([_column(graph, name) for name in feed_names])
+    fed = {column.name for column in columns}
+    scalars, targets = _split_fetches(graph, fetches, fed)
     spec = GraphSpec(
         layout=layout,
-        columns=tuple(_column(graph, name) for name in _without_repeats(feed_names)),
+        columns=columns,
         fetches=scalars,
         targets=targets,
-        constants={_tensor(graph, key).name: np.asarray(value) for key, value in (constants or {}).items()},
+        constants=dict(_constant(graph, key, value, fed) for key, value in (constants or {}).items()),
         config=_worker_config(config, num_threads).SerializeToString(deterministic=True),
         options=None if options is None else options.SerializeToString(deterministic=True),
         content_hash=hashlib.sha256(content).hexdigest(),
@@ -246,9 +248,12 @@ class _Variables:
 
     def load(self, values: Mapping[str, NDArray[Any]]) -> None:
         """Assigns by feeding the variables' own initializers, with copies: see `GraphTrainer._make_load`."""
-        assigns = {name: self._initializer(name) for name in values}
-        feed = {op.inputs[1]: np.array(values[name]) for name, op in assigns.items()}
-        self._session.run(list(assigns.values()), feed)
+        left = {name: self._initializer(name) for name in values}
+        while left:
+            # Variables made from one tensor share what their initializers assign: fed once, it would set them all.
+            now = {op.inputs[1].name: name for name, op in left.items()}
+            feed = {tensor: np.array(values[name]) for tensor, name in now.items()}
+            self._session.run([left.pop(name) for name in now.values()], feed)
 
     def _initializer(self, name: str) -> tf.Operation:
         for consumer in self._by_name[name].outputs[0].consumers():
@@ -291,11 +296,25 @@ def _tensor(graph: tf.Graph, key: Any) -> tf.Tensor:
         raise FeedError(f"{key!r} is not a tensor of the session's graph: {error}") from error
 
 
-def _without_repeats(feed_names: Sequence[str]) -> Sequence[str]:
-    for name in feed_names:
-        if list(feed_names).count(name) > 1:
+def _constant(graph: tf.Graph, key: Any, value: Any, fed: set[str]) -> tuple[str, NDArray[Any]]:
+    tensor = _tensor(graph, key)
+    if tensor.name in fed:
+        raise FeedError(f"{tensor.name} is in feed_dict and in feed_name_list: rows feed it, or a constant, not both")
+    try:
+        array = np.asarray(value, tensor.dtype.as_numpy_dtype)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise FeedError(f"feed_dict's value for {tensor.name} is no {tensor.dtype.name}: {error}") from error
+    if not tensor.shape.is_compatible_with(array.shape):
+        raise FeedError(f"feed_dict's value for {tensor.name} has shape {array.shape}, expected {tensor.shape}")
+    return tensor.name, array
+
+
+def _without_repeats(columns: Sequence[Column]) -> tuple[Column, ...]:
+    names = [column.name for column in columns]
+    for name in names:
+        if names.count(name) > 1:
             raise FeedError(f"feed_name_list names {name} twice")
-    return feed_names
+    return tuple(columns)
 
 
 def _column(graph: tf.Graph, name: str) -> Column:
@@ -316,7 +335,7 @@ def _column(graph: tf.Graph, name: str) -> Column:
     return Column(tensor.name, shape, np.dtype(tensor.dtype.as_numpy_dtype).name)
 
 
-def _split_fetches(graph: tf.Graph, fetches: Any) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+def _split_fetches(graph: tf.Graph, fetches: Any, fed: set[str]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
     scalars: dict[str, str] = {}
     targets: list[str] = []
     for key, fetch in _flatten(fetches):
@@ -326,7 +345,7 @@ def _split_fetches(graph: tf.Graph, fetches: Any) -> tuple[tuple[tuple[str, str]
             raise GraphError(f"fetch {fetch!r} is not in the session's graph: {error}") from error
         if isinstance(element, tf.Tensor) and _is_scalar_number(element):
             scalars[key or element.name] = element.name
-        else:
+        elif element.name not in fed:  # a placeholder as a target would run, and miss its value
             targets.append(element.name)
     if not scalars and not targets:
         raise GraphError("fetches is empty: pass the training operation, and with it what to record, such as a loss")

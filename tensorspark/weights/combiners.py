@@ -74,14 +74,19 @@ class WeightCombiner:
         origins, updates, results = layout.views(current), layout.views(pushed), layout.views(out)
         finite = True
         for name, result in results.items():
-            result[...] = self._checked(origins[name], self._new_weight(origins, updates, name), worker_id, name)
-            finite = finite and _is_finite(result.reshape(-1))
+            new = self._checked(origins[name], self._new_weight(origins, updates, name), worker_id, name)
+            with np.errstate(invalid="ignore", over="ignore"):
+                result[...] = new
+                finite = finite and _is_finite(result.reshape(-1))
         return finite
 
     def _new_weight(
         self, origins: dict[str, NDArray[Any]], updates: dict[str, NDArray[Any]], name: str
     ) -> NDArray[Any]:
-        return updates[name].copy() if self.pushes == "weights" else np.asarray(origins[name] + updates[name])
+        if self.pushes == "weights":
+            return updates[name].copy()
+        with np.errstate(invalid="ignore", over="ignore"):
+            return np.asarray(origins[name] + updates[name])
 
     def _checked(self, origin: NDArray[Any], new: NDArray[Any], worker_id: int, name: str) -> NDArray[Any]:
         who = f"{type(self).__name__}.compute for {name}"
@@ -187,9 +192,7 @@ class MeanWeightCombiner(ElementwiseCombiner):
         return updated
 
     def update(self, current: NDArray[Any], pushed: NDArray[Any], out: NDArray[Any]) -> None:
-        np.multiply(current, self._num - 1, out=out)
-        np.add(out, pushed, out=out)
-        _divide(out, self._num)
+        _mean(current, pushed, out, self._num)
 
 
 class UpdateMeanWeightCombiner(ElementwiseCombiner):
@@ -223,20 +226,24 @@ class UpdateMeanWeightCombiner(ElementwiseCombiner):
 
     def merge(self, layout: WeightLayout, current: Buffer, pushed: Buffer, out: Buffer, worker_id: int) -> bool:
         finite = super().merge(layout, current, pushed, out, worker_id)
-        self._merged = True
+        self._merged = self._merged or finite  # a refused push is not the first
         return finite
 
     def update(self, current: NDArray[Any], pushed: NDArray[Any], out: NDArray[Any]) -> None:
         if not self._merged:
             out[...] = pushed
             return
-        np.add(current, pushed, out=out)
-        _divide(out, 2)
+        _mean(current, pushed, out, 2)
 
 
-def _divide(out: NDArray[Any], divisor: int) -> None:
-    """Divides in place; integers (a step counter, say) round towards zero."""
-    np.divide(out, divisor, out=out, casting="unsafe")
+def _mean(current: NDArray[Any], pushed: NDArray[Any], out: NDArray[Any], num: int) -> None:
+    """Writes ((num - 1) current + pushed) / num; integers (a step counter, say) round towards zero."""
+    if out.dtype.kind in "iu":  # in their own dtype the sum could wrap
+        np.divide(current * float(num - 1) + pushed, num, out=out, casting="unsafe")
+        return
+    np.multiply(current, num - 1, out=out)
+    np.add(out, pushed, out=out)
+    np.divide(out, num, out=out, casting="unsafe")
 
 
 def _is_finite(block: NDArray[Any]) -> bool:

@@ -7,6 +7,7 @@ between tensors are zero in every buffer that `allocate` makes, and arithmetic k
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -162,10 +163,13 @@ def _place(specs: Sequence[TensorSpec]) -> tuple[dict[str, int], tuple[Run, ...]
 
 
 def _numeric_dtype(name: str) -> np.dtype[Any]:
+    with contextlib.suppress(ImportError):
+        import ml_dtypes  # noqa: F401  registers bfloat16 and float8 with numpy
     try:
         dtype = np.dtype(name)
     except TypeError as error:
         raise ValueError(f"unknown dtype {name!r}") from error
-    if dtype.kind not in "iufcV" or dtype.itemsize == 0:
+    is_number = dtype.kind in "iufc" or (dtype.kind == "V" and dtype.type is not np.void)
+    if not is_number or dtype.itemsize == 0:
         raise ValueError(f"expected a number type, got {name!r}: only numbers can be synchronized")
     return dtype

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pyspark import Broadcast, SparkContext
 
 from tensorspark.data.staging import StagedFile, StagingDirectory, fetch, make_local_run_dir, remove_local
-from tensorspark.jobs import num_slots
+from tensorspark.driver.jobs import num_slots
 
 logger = logging.getLogger(__name__)
 

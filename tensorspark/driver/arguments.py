@@ -1,0 +1,81 @@
+"""What callers pass to `SparkSession`, checked on the driver before anything starts."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from pyspark import RDD, SparkContext
+
+from tensorspark.driver.jobs import num_slots
+from tensorspark.errors import ConfigError, FeedError
+from tensorspark.weights.combiners import MeanWeightCombiner, WeightCombiner
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """How a feed is to be trained."""
+
+    num_partitions: int
+    combiner: WeightCombiner
+    shuffle: bool
+    num_epochs: int
+    seed: int
+
+
+def make_plan(feed_rdd: RDD[Any], combiner: Any, shuffle: Any, num_epochs: Any, seed: Any) -> RunPlan:
+    """Checks and completes what `SparkSession.run` takes; see there. Raises ConfigError."""
+    return RunPlan(
+        num_partitions=feed_rdd.getNumPartitions(),
+        combiner=_as_combiner(combiner, feed_rdd),
+        shuffle=bool(shuffle),
+        num_epochs=_checked_count("num_epochs", num_epochs),
+        seed=secrets.randbits(32) if seed is None else _checked_count("seed", seed, minimum=0),
+    )
+
+
+def as_spark_context(spark: Any) -> SparkContext:
+    """The SparkContext of a SparkContext or pyspark SparkSession that runs; raises ConfigError for anything else."""
+    context = spark if isinstance(spark, SparkContext) else getattr(spark, "sparkContext", None)
+    if not isinstance(context, SparkContext):
+        raise ConfigError(f"spark_context must be a SparkContext or a pyspark SparkSession, got {type(spark).__name__}")
+    if context._jsc is None:
+        raise ConfigError("spark_context is stopped: pass one that runs")
+    return context
+
+
+def as_tensorflow_session(session: Any) -> Any:
+    """`session`, if it looks like a TensorFlow 1 session (TensorFlow is not imported here); else raises ConfigError."""
+    if not (callable(getattr(session, "run", None)) and hasattr(session, "graph")):
+        raise ConfigError(f"session must be a tf.compat.v1.Session, got {type(session).__name__}")
+    return session
+
+
+def _as_combiner(combiner: WeightCombiner | None, feed_rdd: RDD[Any]) -> WeightCombiner:
+    if combiner is None:
+        return MeanWeightCombiner(max(1, min(feed_rdd.getNumPartitions(), num_slots(feed_rdd.context))))
+    if not isinstance(combiner, WeightCombiner):
+        raise ConfigError(f"weight_combiner must be a WeightCombiner, such as DeltaWeightCombiner(), got {combiner!r}")
+    return combiner
+
+
+def check_feed(feed_rdd: Any, feed_names: Any, params: Any, run_metadata: Any) -> None:
+    """Raises FeedError or ConfigError for arguments of `SparkSession.run` that are not what they should be."""
+    if not isinstance(feed_rdd, RDD):
+        raise FeedError(
+            f"feed_rdd must be an RDD of tuples, got {type(feed_rdd).__name__}; "
+            f"for a DataFrame pass df.rdd, its columns in the order of feed_name_list"
+        )
+    if not isinstance(feed_names, list | tuple) or not feed_names:
+        raise FeedError(f"feed_name_list must be a list of tensor names such as [x.name, y_.name], got {feed_names!r}")
+    if params is None or isinstance(params, str):
+        raise ConfigError(f"param_list must be a list of the variables to synchronize such as [W, b], got {params!r}")
+    if run_metadata is not None:
+        raise ConfigError("run_metadata cannot be collected from workers: leave it out when feed_rdd is given")
+
+
+def _checked_count(name: str, value: Any, minimum: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    return value
