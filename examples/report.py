@@ -24,7 +24,7 @@ def write(result: Result, output: str) -> Path:
     directory = Path(output) / f"{history.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory.mkdir(parents=True)
     weights = directory / "weights.npz"
-    np.savez(weights, **result.weights)
+    np.savez(weights, allow_pickle=False, **result.weights)
     events = write_events(history, result.test_accuracy, directory / "tensorboard")
     plot = write_plot(history, result.test_accuracy, result.source, directory / "training.png")
     print(

@@ -164,7 +164,7 @@ def read_rows(sc: SparkContext, images_path: str, labels_path: str, num_partitio
     """Rows of ``(image [784] float32, label [10] float32)``, cut evenly into `num_partition` partitions."""
 
     # Executors have tensorspark installed, but not this repository's examples.
-    cloudpickle.register_pickle_by_value(mnist_data)
+    cloudpickle.register_pickle_by_value(mnist_data)  # type: ignore[no-untyped-call]
 
     def cut(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         return enumerate(np.array_split(array, num_partition))
