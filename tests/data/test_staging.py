@@ -84,7 +84,7 @@ def test_fetched_file_is_what_was_published(base: Path, executor_tmp: str) -> No
     path = fetch(staged, executor_tmp, "r1")
 
     assert path.read_bytes() == CONTENT
-    assert path == Path(executor_tmp, "tensorspark-r1", staged.sha256)
+    assert path == Path(executor_tmp, "tensorspark-local-r1", staged.sha256)
     assert staged.num_bytes == len(CONTENT)
 
 
@@ -198,7 +198,7 @@ def test_file_that_changed_after_publishing_is_refused(base: Path, executor_tmp:
 
     with pytest.raises(StagingError, match=r"spark\.hdfs\.dir: expected 2560256 bytes .* the file changed"):
         fetch(staged, executor_tmp, "r1")
-    assert not list(Path(executor_tmp, "tensorspark-r1").glob(staged.sha256))
+    assert not list(Path(executor_tmp, "tensorspark-local-r1").glob(staged.sha256))
 
 
 def test_fetch_of_a_file_that_is_gone_names_it(base: Path, executor_tmp: str) -> None:

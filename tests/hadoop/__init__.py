@@ -1,1 +1,0 @@
-"""A real Apache Hadoop HDFS for the tests."""

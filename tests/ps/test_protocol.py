@@ -1,0 +1,131 @@
+"""Frames: their bytes, and what is refused before any memory is taken."""
+
+from __future__ import annotations
+
+import struct
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tensorspark.errors import (
+    LayoutMismatchError,
+    LeaseLostError,
+    NonFiniteError,
+    ProtocolError,
+    RefusedError,
+    RunStoppedError,
+)
+from tensorspark.ps import protocol
+from tensorspark.ps.protocol import Kind
+
+# Frames of version 1 as they were first sent. A frame that changes needs a new protocol.VERSION and a new line here.
+FROZEN_FRAMES = {
+    (Kind.PULL, (), 0): "5453504b 01 02 0100 0000000000000000 80",
+    (Kind.PUSH, (("sequence", 7), ("progress", None)), 640): (
+        "5453504b 01 03 1500 8002000000000000 82 a8 73657175656e6365 07 a8 70726f6772657373 c0"
+    ),
+    (Kind.SNAPSHOT, (("version", 300),), 2**40): "5453504b 01 11 0c00 0000000000010000 81 a7 76657273696f6e cd012c",
+    (Kind.REFUSED, (("code", "lease_lost"), ("message", "no")), 0): (
+        "5453504b 01 13 1c00 0000000000000000 82 a4 636f6465 aa 6c656173655f6c6f7374 a7 6d657373616765 a2 6e6f"
+    ),
+}
+
+
+@pytest.mark.parametrize(("frame", "expected"), FROZEN_FRAMES.items())
+def test_frames_of_version_1_keep_their_bytes(
+    frame: tuple[Kind, tuple[tuple[str, object], ...], int], expected: str
+) -> None:
+    kind, header, payload_bytes = frame
+    assert protocol.encode(kind, dict(header), payload_bytes).hex() == expected.replace(" ", "")
+
+
+headers = st.dictionaries(
+    st.text(max_size=8), st.none() | st.booleans() | st.integers(0, 2**63 - 1) | st.floats(allow_nan=False) | st.text()
+)
+
+
+@given(kind=st.sampled_from(sorted(protocol.FROM_WORKER)), header=headers, payload_bytes=st.integers(0, 2**40))
+def test_what_is_encoded_is_decoded(kind: Kind, header: dict[str, object], payload_bytes: int) -> None:
+    frame = protocol.encode(kind, header, payload_bytes)
+    prefix = protocol.decode_prefix(frame[: protocol.PREFIX_BYTES], protocol.FROM_WORKER, 2**40)
+    assert (prefix.kind, prefix.payload_bytes) == (kind, payload_bytes)
+    assert len(frame) == protocol.PREFIX_BYTES + prefix.header_bytes
+    assert protocol.decode_header(frame[protocol.PREFIX_BYTES :]) == header
+
+
+@given(st.binary(min_size=16, max_size=16))
+def test_any_16_bytes_are_a_prefix_or_a_protocol_error(data: bytes) -> None:
+    try:
+        prefix = protocol.decode_prefix(data, protocol.FROM_WORKER, 1000)
+    except ProtocolError:
+        return
+    assert prefix.payload_bytes <= 1000
+    assert prefix.kind in protocol.FROM_WORKER
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_header_or_a_protocol_error(data: bytes) -> None:
+    try:
+        header = protocol.decode_header(data)
+    except ProtocolError:
+        return
+    assert isinstance(header, dict)
+
+
+def prefix(magic: bytes = b"TSPK", version: int = 1, kind: int = Kind.PUSH, payload_bytes: int = 0) -> bytes:
+    return struct.pack("<4sBBHQ", magic, version, kind, 1, payload_bytes)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (prefix(magic=b"GET "), "begins with b'TSPK', got b'GET '"),
+        (prefix(version=9), "version 1, got 9"),
+        (prefix(kind=200), "got kind 200"),
+        (prefix(kind=Kind.SNAPSHOT), "FAIL, FINISH, PULL, PUSH, REGISTER, got kind 17"),
+        (prefix(payload_bytes=101), "at most 100 bytes, got 101"),
+    ],
+)
+def test_a_bad_prefix_says_what_was_expected_and_what_came(data: bytes, expected: str) -> None:
+    with pytest.raises(ProtocolError) as error:
+        protocol.decode_prefix(data, protocol.FROM_WORKER, 100)
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("value", [[1], 1, {1: 2}, {"a": b"x"} | {b"k": 1}, "text"])
+def test_a_header_is_a_map_with_string_keys(value: object) -> None:
+    with pytest.raises(ProtocolError):
+        protocol.decode_header(msgpack.packb(value))
+
+
+def test_deeply_nested_headers_are_refused() -> None:
+    with pytest.raises(ProtocolError):
+        protocol.decode_header(b"\x81\xa1a" + b"\x91" * 60_000)
+
+
+def test_a_header_over_its_length_field_is_not_sent() -> None:
+    with pytest.raises(ValueError, match="at most 65535 bytes"):
+        protocol.encode(Kind.FAIL, {"traceback": "x" * 70_000})
+
+
+@pytest.mark.parametrize("value", [None, "7", 7.5, True, -1, 2**63])
+def test_a_count_is_an_integer_that_is_not_negative(value: object) -> None:
+    with pytest.raises(ProtocolError, match="'sequence'"):
+        protocol.count({"sequence": value}, "sequence")
+
+
+def test_an_integer_does_where_a_float_is_due() -> None:
+    assert protocol.field({"loss": 2}, "loss", float) == 2.0
+
+
+@pytest.mark.parametrize("kind", [RefusedError, LayoutMismatchError, LeaseLostError, NonFiniteError, RunStoppedError])
+def test_a_refusal_arrives_as_the_error_that_was_sent(kind: type[RefusedError]) -> None:
+    arrived = protocol.refusal(protocol.refusal_header(kind("tensor W:0 holds NaN")))
+    assert type(arrived) is kind
+    assert str(arrived) == "tensor W:0 holds NaN"
+
+
+def test_a_refusal_of_a_code_unknown_here_is_a_refusal_still() -> None:
+    assert type(protocol.refusal({"code": "of the future", "message": "no"})) is RefusedError

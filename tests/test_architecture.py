@@ -1,0 +1,148 @@
+"""The library's shape: which room may import which, where the big dependencies live, how large things may grow."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "tensorspark"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Arrows point left: a room may import rooms before it only. This is the order, then exactly what each may import.
+ORDER = ("errors", "config", "history", "weights", "data", "trainers", "ps", "worker", "driver", "session", "core")
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "config": {"errors"},
+    "history": {"errors"},
+    "weights": {"errors"},
+    "data": {"errors", "config"},
+    "trainers": {"errors", "weights", "data"},
+    "ps": {"errors", "config", "history", "weights"},
+    "worker": {"errors", "config", "weights", "data", "trainers", "ps"},
+    "driver": {"errors", "config", "history", "weights", "data", "ps"},
+    "session": {"errors", "config", "history", "weights", "data", "trainers", "ps", "worker", "driver"},
+    "core": {"errors", "config", "weights", "ps", "session"},
+}
+# Dependencies that live in few places: rooms, or modules within a room.
+HOMES: dict[str, set[str]] = {
+    "tensorflow": {"trainers"},
+    "keras": {"trainers"},
+    "pyspark": {"session", "driver", "data.tfrecord"},
+    "pickle": {"core.partitioner"},
+    "cloudpickle": set(),
+    "dill": set(),
+    "marshal": set(),
+    "shelve": set(),
+}
+MAX_MODULE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def _dotted(path: Path) -> str:
+    """`data.batches` for tensorspark/data/batches.py; empty for the package's own __init__."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Every name that a module imports, absolute and dotted (also inside functions and under TYPE_CHECKING)."""
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative imports hide which room is meant"
+            # "from tensorspark import config" names the room only in what follows.
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def _room(dotted: str) -> str:
+    return dotted.partition(".")[0]
+
+
+def _imported_rooms(path: Path) -> Iterator[tuple[str, int]]:
+    for name, line in _imports(path):
+        if name.startswith("tensorspark."):
+            yield name.split(".")[1], line
+
+
+def test_every_module_belongs_to_a_room() -> None:
+    assert {_room(_dotted(path)) for path in MODULES} - {""} == set(ORDER)
+
+
+def test_the_allowed_imports_follow_the_order_of_the_rooms() -> None:
+    assert list(MAY_IMPORT) == list(ORDER)
+    for position, room in enumerate(ORDER):
+        assert MAY_IMPORT[room] <= set(ORDER[:position]), room
+
+
+# The package's own __init__ may import anything, lazily: what that costs is tested apart, in a fresh process.
+@pytest.mark.parametrize("path", [path for path in MODULES if _dotted(path)], ids=_dotted)
+def test_no_import_points_up(path: Path) -> None:
+    room = _room(_dotted(path))
+    wrong = [(name, line) for name, line in _imported_rooms(path) if name not in MAY_IMPORT[room] | {room}]
+    assert not wrong, f"{_dotted(path)} may import {sorted(MAY_IMPORT[room])}, but imports (room, line) {wrong}"
+
+
+@pytest.mark.parametrize(("package", "homes"), HOMES.items(), ids=list(HOMES))
+def test_a_dependency_stays_in_its_home(package: str, homes: set[str]) -> None:
+    strays = [
+        f"{_dotted(path)}:{line}"
+        for path in MODULES
+        for name, line in _imports(path)
+        if _room(name) == package and not {_dotted(path), _room(_dotted(path))} & homes
+    ]
+    assert not strays, f"{package} belongs in {sorted(homes) or 'no module'}"
+
+
+def test_importing_the_package_and_its_rooms_without_spark_imports_neither_tensorflow_nor_pyspark() -> None:
+    modules = [
+        f"tensorspark.{_dotted(path)}"
+        for path in MODULES
+        if _room(_dotted(path)) not in ("", "trainers", "driver", "session", "core")
+        and "tfrecord" not in path.name
+    ]
+    code = (
+        "import importlib, sys\n"
+        "import tensorspark\n"
+        "tensorspark.DeltaWeightCombiner, tensorspark.History\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        "print(sorted({'tensorflow', 'keras', 'pyspark'} & set(sys.modules)))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_dotted)
+def test_a_module_has_at_most_400_lines(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_MODULE_LINES
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_dotted)
+def test_a_function_has_at_most_60_lines_of_code(path: Path) -> None:
+    """Docstrings do not count: an interface with many arguments has a long one."""
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            num_lines = node.end_lineno - node.lineno + 1
+            if ast.get_docstring(node) is not None:
+                docstring = node.body[0]
+                assert docstring.end_lineno is not None
+                num_lines -= docstring.end_lineno - docstring.lineno + 1
+            assert num_lines <= MAX_FUNCTION_LINES, f"{node.name} at line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_dotted)
+def test_the_library_never_prints(path: Path) -> None:
+    calls = [node for node in ast.walk(_tree(path)) if isinstance(node, ast.Call)]
+    assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]

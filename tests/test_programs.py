@@ -1,0 +1,291 @@
+"""Whole programs as users run them: scripts, spark-submit, the pyspark shell, clusters of processes, HDFS."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hadoop.cluster import HdfsCluster
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+DEADLINE_S = 240
+# The embedded digits reach 0.9 even with a few steps; chance is 0.1.
+LEARNED = 0.85
+
+
+def readme_program() -> str:
+    """The README's first Python block, on a free port instead of 10080, and with a sync_interval for the digits.
+
+    The embedded digits make 8 steps of an epoch for each of two workers: at an interval of 100 each worker's push would
+    hold a whole epoch, and adding up two such deltas overshoots at a learning rate of 0.5.
+    """
+    text = (REPOSITORY / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    program = next(block for block in blocks if "tensorspark.core.spark_session" in block)
+    for old, new in (("server_port=10080", f"server_port={free_port()}"), ("sync_interval=100", "sync_interval=2")):
+        assert program.count(old) == 1
+        program = program.replace(old, new)
+    return program
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def environment(**more: str) -> dict[str, str]:
+    # Without PYTHONPATH, executors have of this repository what is installed: the package, not examples or tests.
+    kept = {name: value for name, value in os.environ.items() if name not in ("SPARK_HOME", "PYTHONPATH")}
+    digits = str(REPOSITORY / "MNIST_data")
+    return {**kept, "MNIST_DATA_DIR": digits, "SPARK_LOCAL_IP": "127.0.0.1", "TF_CPP_MIN_LOG_LEVEL": "3", **more}
+
+
+def execute(command: list[str], stdin: str | None = None, check: bool = True, **env: str) -> str:
+    """Runs a command from the repository's root and returns what it printed; its process group ends with it."""
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=environment(**env),
+        stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(stdin, timeout=DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"not done after {DEADLINE_S} s:\n{output}")
+    if check:
+        assert process.returncode == 0, output
+    return output
+
+
+def last_accuracy(output: str) -> float:
+    """The number that the program printed last on a line of its own, behind a shell's prompts or not."""
+    return float(re.findall(r"^(?:>>> |\.\.\. )*(0\.\d+)$", output, re.MULTILINE)[-1])
+
+
+def type_into_pyspark(program: str) -> str:
+    """What a pyspark shell prints when `program` is typed into it, as at a terminal (-i)."""
+    shell = [str(BIN / "pyspark"), "--properties-file", "conf/spark-defaults.conf"]
+    return execute(shell, stdin=program, PYSPARK_DRIVER_PYTHON_OPTS="-i")
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "program.py"
+    setup = (
+        f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nfrom pyspark import SparkContext\nsc = SparkContext()\n"
+    )
+    path.write_text(f"{setup}{readme_program()}\nsc.stop()\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A standalone master with two workers of one core each, on two addresses; yields its URL."""
+    directory = tmp_path_factory.mktemp("standalone")
+    port, ui_port = free_port(), free_port()
+    url = f"spark://127.0.0.1:{port}"
+    master = [f"--host=127.0.0.1 --port={port} --webui-port={ui_port}"]
+    workers = [
+        f"--host=127.0.0.{n} --cores=1 --memory=1g --webui-port=0 --work-dir={directory}/{n} {url}" for n in (1, 2)
+    ]
+    processes = []
+    try:
+        for kind, arguments in (("master.Master", master), ("worker.Worker", workers)):
+            processes += [_spark_class(f"org.apache.spark.deploy.{kind}", line, directory) for line in arguments]
+            if kind == "master.Master":
+                _wait_until(lambda: _num_workers(ui_port) == 0, processes)
+        _wait_until(lambda: _num_workers(ui_port) == 2, processes)
+        yield url
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait(20)
+
+
+def _spark_class(name: str, arguments: str, directory: Path) -> subprocess.Popen[bytes]:
+    command = [str(BIN / "spark-class"), name, *arguments.replace("=", " ").split()]
+    with (directory / f"{name}.log").open("ab") as log:
+        return subprocess.Popen(command, env=environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+
+def _num_workers(ui_port: int) -> int | None:
+    """How many workers the master knows; None while it does not answer."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{ui_port}/json/", timeout=5) as page:
+            return int(json.load(page)["aliveworkers"])
+    except OSError:
+        return None
+
+
+def _wait_until(condition: Callable[[], bool], processes: list[subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert all(process.poll() is None for process in processes), "a Spark process ended"
+        assert time.monotonic() < deadline, "the cluster did not start within 90 s"
+        time.sleep(0.2)
+
+
+# The original's program
+
+
+@pytest.mark.slow
+def test_the_readmes_program_runs_typed_into_a_pyspark_shell() -> None:
+    assert last_accuracy(type_into_pyspark(readme_program())) > LEARNED
+
+
+@pytest.mark.slow
+def test_the_example_trains_from_a_pyspark_shell_on_the_path_it_is_given() -> None:
+    output = type_into_pyspark(
+        "import examples.spark_mnist as mnist\n"
+        f"mnist.train(sc=sc, user='me', name='mnist_try', server_host='localhost', server_port={free_port()}, "
+        "sync_interval=100, batch_size=100, num_partition=1, num_epoch=2)\n"
+    )
+    assert "Training on scikit-learn digits" in output
+    assert float(re.findall(r"Test accuracy (0\.\d+)", output)[-1]) > LEARNED
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_readmes_program_runs_on_a_local_cluster(script: Path) -> None:
+    submit = [str(BIN / "spark-submit"), "--master", "local-cluster[2,1,1024]", str(script)]
+    assert last_accuracy(execute(submit)) > LEARNED
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_readmes_program_runs_on_a_standalone_cluster(script: Path, standalone: str) -> None:
+    submit = [str(BIN / "spark-submit"), "--master", standalone, "--executor-memory", "1g", str(script)]
+    assert last_accuracy(execute(submit)) > LEARNED
+
+
+# Shipping the package
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python that has everything but tensorspark: the editable install is a .pth file, which -S leaves out."""
+    directory = tmp_path_factory.mktemp("bare")
+    site_packages = next(path for path in sys.path if path.endswith("site-packages"))
+    python = directory / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="$PYTHONPATH:{site_packages}" exec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_the_package_is_shipped_by_py_files_to_executors_that_do_not_have_it(
+    script: Path, standalone: str, bare_python: Path
+) -> None:
+    execute(["make", "dist"])
+    (archive,) = (REPOSITORY / "dist").glob("tensorspark-*.zip")
+    submit = [str(BIN / "spark-submit"), "--master", standalone, "--executor-memory", "1g"]
+    settings = {"PYSPARK_PYTHON": str(bare_python)}
+    assert last_accuracy(execute([*submit, "--py-files", str(archive), str(script)], **settings)) > LEARNED
+    output = execute([*submit, str(script)], check=False, **settings)
+    assert "the executors cannot import tensorspark: install it there, or ship it with --py-files" in output
+
+
+# HDFS
+
+
+@pytest.mark.slow
+@pytest.mark.hdfs
+def test_training_reads_from_hdfs_stages_there_as_the_user_and_leaves_nothing(
+    hdfs: HdfsCluster, tmp_path: Path
+) -> None:
+    hdfs.make_directory("/user-me", owner="me")
+    hdfs.make_directory("/mnist", owner="me")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from pathlib import Path\n"
+        "from pyspark import SparkContext\n"
+        "from tensorspark.data.staging import open_filesystem\n"
+        "import examples.spark_mnist as mnist\n"
+        "sc = SparkContext()\n"
+        f"filesystem, path = open_filesystem({hdfs.url!r} + '/mnist', 'me')\n"
+        "for file in Path('MNIST_data').glob('digits-*.gz'):\n"
+        "    with filesystem.open(f'{path}/{file.name.removeprefix(\"digits-\")}', 'wb') as target:\n"
+        "        target.write(file.read_bytes())\n"
+        "seen = []\n"
+        "remove = mnist.SparkSession.close\n"
+        "def close(self):\n"
+        "    seen.extend(filesystem.ls('/user-me', detail=False))\n"
+        "    remove(self)\n"
+        "mnist.SparkSession.close = close\n"
+        f"mnist.train(sc, user='me', server_port=0, num_partition=2, num_epoch=2, data_dir={hdfs.url!r} + '/mnist')\n"
+        "print('staged while open:', len(seen), 'after close:', filesystem.ls('/user-me', detail=False))\n"
+    )
+    settings = ["--conf", f"spark.hdfs.dir={hdfs.url}/user-me", "--master", "local-cluster[2,1,1024]"]
+    output = execute([str(BIN / "spark-submit"), *settings, str(program)])
+    assert "staged while open: 1 after close: []" in output
+    assert float(re.findall(r"Test accuracy (0\.\d+)", output)[-1]) > LEARNED
+
+
+# make mnist
+
+
+@pytest.mark.slow
+def test_the_example_ends_with_figures_and_the_files_it_wrote(tmp_path: Path) -> None:
+    output = execute([sys.executable, "-m", "examples.spark_mnist", "--output", str(tmp_path)])
+    lines = output.strip().splitlines()
+    assert "Training on scikit-learn digits" in lines[0]
+    assert "Trained on scikit-learn digits" in lines[-1]
+    assert "spark_mnist: step" in output
+    assert float(re.findall(r"test accuracy +(0\.\d+)", output)[0]) > 0.93
+    (directory,) = tmp_path.iterdir()
+    assert sorted(path.name for path in directory.iterdir()) == ["tensorboard", "training.png", "weights.npz"]
+    assert (directory / "training.png").read_bytes().startswith(b"\x89PNG")
+    _check_weights_and_events(directory, float(re.findall(r"test accuracy +(0\.\d+)", output)[0]))
+
+
+def _check_weights_and_events(directory: Path, accuracy: float) -> None:
+    import numpy as np
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with np.load(directory / "weights.npz") as weights:
+        assert {name: array.shape for name, array in weights.items()} == {"W": (784, 10), "b": (10,)}
+        assert np.abs(weights["W"]).max() > 0.01
+    events = EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("test/accuracy")[0].value == pytest.approx(accuracy, abs=1e-4)
+    losses = [event.value for event in events.Scalars("train/loss")]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.mnist
+def test_two_workers_reach_0_915_on_real_mnist(tmp_path: Path) -> None:
+    from examples import mnist_data
+
+    try:
+        files = mnist_data.find(download=False)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    if files.source != "MNIST":
+        pytest.skip("no MNIST in $MNIST_DATA_DIR or MNIST_data/")
+    command = [sys.executable, "-m", "examples.spark_mnist", "--output", str(tmp_path)]
+    output = execute(command, MNIST_DATA_DIR=str(files.train_images.parent))
+    assert output.strip().splitlines()[-1] == "Trained on MNIST."
+    assert float(re.findall(r"test accuracy +(0\.\d+)", output)[0]) >= 0.915
