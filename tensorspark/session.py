@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import secrets
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,11 +15,11 @@ from pyspark import RDD, TaskContext
 
 from tensorspark import config as configuration
 from tensorspark.driver.arguments import RunPlan, as_spark_context, as_tensorflow_session, check_feed, make_plan
-from tensorspark.driver.jobs import SparkJob, num_slots
+from tensorspark.driver.jobs import SparkJob, num_slots, summary
 from tensorspark.driver.preflight import check_executors
 from tensorspark.driver.progress import ProgressLine
 from tensorspark.driver.publishing import Publisher
-from tensorspark.errors import SessionClosedError, WorkerFailedError
+from tensorspark.errors import ConfigError, SessionClosedError, WorkerFailedError
 from tensorspark.history import History
 from tensorspark.ps.client import ServerAddress
 from tensorspark.ps.server import ParameterServer
@@ -44,9 +44,9 @@ class SparkSession:
         user: who to write to HDFS as (staging only); empty stands for the process's own user.
         name: shown in progress, history and Spark's web page.
         target: accepted for the original's programs; workers always run sessions of their own process.
-        server_host, server_port, sync_interval, batch_size, hdfs_dir, tmp_dir: see `tensorspark.config.SETTINGS`; None
-            takes the Spark configuration's value, then the default.
-        graph: the graph to train; None stands for the session's.
+        server_host, server_port, sync_interval, batch_size: see `tensorspark.config.SETTINGS`, as for all from
+            `hdfs_dir` on; None takes the Spark configuration's value, then the default.
+        graph: the session's graph, or None.
         config: `tf.compat.v1.ConfigProto` of the workers' sessions. Thread counts that it leaves open become
             ``spark.task.cpus``.
 
@@ -81,11 +81,14 @@ class SparkSession:
         *,
         hdfs_dir: str | None = None,
         tmp_dir: str | None = None,
+        connect_timeout_s: float | None = None,
+        io_timeout_s: float | None = None,
+        receive_buffer_bytes: int | None = None,
+        cache_memory_bytes: int | None = None,
     ) -> None:
         self._spark_context = as_spark_context(spark_context)
-        self._session = as_tensorflow_session(session)
+        self._session = as_tensorflow_session(session, graph)
         self._name = name
-        self._graph = graph
         self._session_config = config
         arguments = {
             "server_host": server_host,
@@ -94,19 +97,24 @@ class SparkSession:
             "batch_size": batch_size,
             "hdfs_dir": hdfs_dir,
             "tmp_dir": tmp_dir,
+            "connect_timeout_s": connect_timeout_s,
+            "io_timeout_s": io_timeout_s,
+            "receive_buffer_bytes": receive_buffer_bytes,
+            "cache_memory_bytes": cache_memory_bytes,
         }
         spark_conf = dict(self._spark_context.getConf().getAll())
         self._config = configuration.resolve(arguments, spark_conf, self._defaults)
         self._server_host = self._config.server_host or spark_conf.get("spark.driver.host", "localhost")
         self._num_threads = int(spark_conf.get("spark.task.cpus", "1"))
         self._run_id = secrets.token_hex(8)
-        self._server: ParameterServer | None = None
         self._checked: tuple[ServerAddress, Callable[[], bytes]] | None = None
-        self._closed = False
+        self._running = threading.Lock()
         self._publisher = Publisher(
             self._spark_context, self._run_id, self._config.hdfs_dir, self._config.tmp_dir, user or ""
         )
-        _open_sessions.add(self)
+        self._lasting = _Lasting(self._publisher)
+        # Runs at exit too, and when the session is forgotten: who makes it anew in a shell finds its port free.
+        self._finalizer = weakref.finalize(self, self._lasting.close)
         if target:
             logger.warning("target=%r is ignored: workers run sessions of their own process", target)
 
@@ -146,7 +154,8 @@ class SparkSession:
             param_list: the variables to synchronize. Others (an optimizer's slots, say) start from the driver's values
                 on each worker and stay there.
             feed_dict: with `feed_rdd`: values fed with every batch, such as ``{keep_prob: 0.5}``.
-            weight_combiner: how pushes are merged; None takes `MeanWeightCombiner` over the workers.
+            weight_combiner: how pushes are merged; None takes `MeanWeightCombiner` over the feed's
+                partitions.
             shuffle_within_partition: shuffles each partition's rows anew in every epoch.
             options: `RunOptions` for every step.
             run_metadata: only without `feed_rdd`; workers collect none.
@@ -171,14 +180,21 @@ class SparkSession:
         check_feed(feed_rdd, feed_name_list, param_list, run_metadata)
         plan = make_plan(feed_rdd, weight_combiner, shuffle_within_partition, num_epochs, seed)
         captured = self._capture(fetches, feed_name_list or (), param_list or (), feed_dict, options)
+        if not self._running.acquire(blocking=False):
+            raise ConfigError("this SparkSession is training already: one feed at a time, or a session for each thread")
         try:
             history = self._train(feed_rdd, captured, plan, progress)
-        except BaseException:
+            if not server_reusable:
+                self.stop_param_server()
+            return history
+        except BaseException as error:
             self.stop_param_server()
+            plan.combiner.reset_value()  # what it has seen is in no weights
+            if isinstance(error, Exception) and not self._finalizer.alive:
+                raise SessionClosedError("this SparkSession was closed while it trained") from error
             raise
-        if not server_reusable:
-            self.stop_param_server()
-        return history
+        finally:
+            self._running.release()
 
     def get_session(self) -> Any:
         """The TensorFlow session that was passed in."""
@@ -186,20 +202,15 @@ class SparkSession:
 
     def stop_param_server(self) -> None:
         """Ends the parameter server, if one runs. The next run starts another."""
-        server, self._server = self._server, None
-        if server is not None:
-            server.close()
+        self._lasting.stop_server()
 
     def close(self) -> None:
         """Ends the server and removes the temporary files, on the executors' hosts too. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        _open_sessions.discard(self)
-        try:
-            self.stop_param_server()
-        finally:
-            self._publisher.remove()
+        self._finalizer()
+
+    @property
+    def _server(self) -> ParameterServer | None:
+        return self._lasting.server
 
     # One run
 
@@ -296,7 +307,6 @@ class SparkSession:
             config=self._session_config,
             options=options,
             num_threads=self._num_threads,
-            graph=self._graph,
         )
 
     # What lasts longer than a run
@@ -306,27 +316,40 @@ class SparkSession:
         if self._server is not None and self._server.layout.fingerprint != layout.fingerprint:
             self.stop_param_server()
         if self._server is None:
-            self._server = ParameterServer(
+            self._lasting.server = ParameterServer(
                 layout,
                 self._server_host,
                 self._config.server_port,
                 receive_buffer_bytes=self._config.receive_buffer_bytes,
                 io_timeout_s=self._config.io_timeout_s,
             )
+        assert self._server is not None
         return self._server
 
     def _require_open(self) -> None:
-        if self._closed:
+        if not self._finalizer.alive:
             raise SessionClosedError("this SparkSession is closed: make a new one to train on")
+        if getattr(self._session, "_closed", False):
+            raise SessionClosedError("the TensorFlow session is closed: make a new one, and a SparkSession for it")
 
 
-_open_sessions: weakref.WeakSet[SparkSession] = weakref.WeakSet()
+class _Lasting:
+    """What outlasts a run and must not outlast the session, which it does not know, so that it can be forgotten."""
 
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+        self.server: ParameterServer | None = None
 
-@atexit.register
-def _close_sessions() -> None:
-    for session in list(_open_sessions):
-        session.close()
+    def stop_server(self) -> None:
+        server, self.server = self.server, None
+        if server is not None:
+            server.close()
+
+    def close(self) -> None:
+        try:
+            self.stop_server()
+        finally:
+            self._publisher.remove()
 
 
 def _task(job: WorkerJob) -> Callable[[int, Iterable[Any]], Iterator[None]]:
@@ -345,4 +368,4 @@ def _raise_failure(server: ParameterServer, job_error: BaseException | None) -> 
     if reported is not None:
         raise reported from job_error
     if job_error is not None:
-        raise WorkerFailedError(f"Spark gave the training job up: {job_error}") from job_error
+        raise WorkerFailedError(f"Spark gave the training job up: {summary(job_error)}") from job_error

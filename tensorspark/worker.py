@@ -211,6 +211,6 @@ class _Exchange:
 def subtract(layout: WeightLayout, new: Buffer, base: Buffer) -> None:
     """Turns weights into their change, in place: new - base."""
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is the server's to refuse, by name
-        for run in layout.runs:
-            values = run.of(new)
-            np.subtract(values, run.of(base), out=values)
+        for segment in layout.segments:
+            values = segment.of(new)
+            np.subtract(values, segment.of(base), out=values)

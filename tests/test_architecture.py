@@ -107,8 +107,7 @@ def test_importing_the_package_and_its_rooms_without_spark_imports_neither_tenso
     modules = [
         f"tensorspark.{_dotted(path)}"
         for path in MODULES
-        if _room(_dotted(path)) not in ("", "trainers", "driver", "session", "core")
-        and "tfrecord" not in path.name
+        if _room(_dotted(path)) not in ("", "trainers", "driver", "session", "core") and "tfrecord" not in path.name
     ]
     code = (
         "import importlib, sys\n"

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,7 @@ from tensorspark.errors import (
     StagingError,
     WorkerFailedError,
 )
+from tensorspark.ps.server import ParameterServer
 from tensorspark.trainers.startup import quiet
 
 with quiet():
@@ -125,9 +127,14 @@ def test_one_worker_trains_as_plain_sgd_does_from_non_zero_weights_remainders_in
     sc: SparkContext, model: Regression, tmp_path: Path, sync_interval: int, memory: str
 ) -> None:
     rows = rows_of(23)
-    with SparkSession(sc, model.session, sync_interval=sync_interval, batch_size=5, tmp_dir=str(tmp_path)) as session:
-        if memory == "spilled":
-            object.__setattr__(session._config, "cache_memory_bytes", 0)
+    with SparkSession(
+        sc,
+        model.session,
+        sync_interval=sync_interval,
+        batch_size=5,
+        tmp_dir=str(tmp_path),
+        cache_memory_bytes=0 if memory == "spilled" else None,
+    ) as session:
         history = run(session, model, sc.parallelize(rows, 1), num_epochs=3)
     W, b, losses = sgd(rows, 5, 3)
     np.testing.assert_allclose(model.weights[0], W, rtol=1e-4)
@@ -335,6 +342,18 @@ def test_the_spark_context_and_the_tensorflow_session_stay_open(sc: SparkContext
     assert model.weights[0].shape == (3, 1)
 
 
+def test_a_session_that_is_forgotten_frees_its_port_and_files(
+    sc: SparkContext, model: Regression, tmp_path: Path
+) -> None:
+    session = SparkSession(sc, model.session, tmp_dir=str(tmp_path), hdfs_dir=str(tmp_path))
+    run(session, model, sc.parallelize(rows_of(4), 1), server_reusable=True)
+    assert session._server is not None
+    port = session._server.port
+    del session
+    socket.create_server(("127.0.0.1", port)).close()
+    assert files_in(tmp_path) == []
+
+
 # What dies
 
 
@@ -376,6 +395,41 @@ def test_an_interrupt_ends_job_and_server_and_leaves_a_session_that_runs_again(
     np.testing.assert_array_equal(model.weights[0], W0)
     assert run(session, model, sc.parallelize(rows, 1)).num_samples == 4
     session.close()
+
+
+# Two at once
+
+
+def test_two_sessions_train_at_once_on_one_spark_context(sc: SparkContext) -> None:
+    rows = rows_of(40)
+    models = [build(), build()]
+
+    def train(model: Regression) -> int:
+        with SparkSession(sc, model.session, batch_size=4) as session:
+            return run(session, model, sc.parallelize(rows, 1), num_epochs=3).num_samples
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(train, models)) == [120, 120]
+    for model in models:
+        np.testing.assert_allclose(model.weights[0], sgd(rows, 4, 3)[0], rtol=1e-4)
+
+
+def test_a_session_trains_one_feed_at_a_time(sc: SparkContext, model: Regression) -> None:
+    started, rows = threading.Event(), rows_of(8)
+    with SparkSession(sc, model.session, batch_size=8) as session, ThreadPoolExecutor(1) as threads:
+        begin_run = ParameterServer.begin_run
+
+        def begin(*arguments: Any) -> int:
+            started.set()
+            return begin_run(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ParameterServer, "begin_run", begin)
+            first = threads.submit(run, session, model, sc.parallelize(rows, 1))
+            assert started.wait(30)
+            with pytest.raises(ConfigError, match="training already"):
+                run(session, model, sc.parallelize(rows, 1))
+            assert first.result(60).num_samples == 8
 
 
 # Bad input: a clear error on the driver, nothing lost
@@ -462,12 +516,41 @@ def _as_rdd(options: dict[str, Any]) -> dict[str, Any]:
     return {("rdd" if name == "feed_rdd" else name): value for name, value in options.items()}
 
 
+def test_a_bare_variable_for_param_list_is_refused(sc: SparkContext, model: Regression) -> None:
+    with SparkSession(sc, model.session) as session, pytest.raises(ConfigError, match="param_list must be a list"):
+        run(session, model, sc.parallelize(rows_of(2), 1), param_list=model.W)
+
+
 def test_an_uninitialized_variable_is_named(sc: SparkContext) -> None:
     with tf.Graph().as_default() as graph, tf.Session(graph=graph) as tf_session:
         x = tf.placeholder(tf.float32, [None], name="x")
         v = tf.Variable(1.0, name="v")
         with SparkSession(sc, tf_session) as session, pytest.raises(GraphError, match="v:0 is not initialized"):
             session.run(tf.assign_add(v, tf.reduce_sum(x)), sc.parallelize([1.0], 1), ["x:0"], [v])
+
+
+def test_what_lives_in_the_drivers_process_is_refused_by_name(sc: SparkContext) -> None:
+    with tf.Graph().as_default() as graph, tf.Session(graph=graph) as tf_session:
+        x = tf.placeholder(tf.float32, [None], name="x")
+        v = tf.Variable(1.0, name="v")
+        doubled = tf.py_func(lambda value: 2 * value, [x], tf.float32, name="double")
+        train = tf.assign_add(v, tf.reduce_sum(doubled))
+        tf_session.run(tf.global_variables_initializer())
+        with SparkSession(sc, tf_session) as session, pytest.raises(GraphError, match=r"double.* \(PyFunc"):
+            session.run(train, sc.parallelize([1.0], 1), ["x:0"], [v])
+
+
+def test_a_closed_tensorflow_session_says_so(sc: SparkContext) -> None:
+    model = build()
+    model.session.close()
+    with SparkSession(sc, model.session) as session, pytest.raises(SessionClosedError, match="TensorFlow session"):
+        run(session, model, sc.parallelize(rows_of(2), 1))
+
+
+def test_weights_that_are_not_finite_are_refused_before_training(sc: SparkContext, model: Regression) -> None:
+    model.session.run(model.W.initializer, {model.W.initializer.inputs[1]: np.full_like(W0, np.nan)})
+    with SparkSession(sc, model.session) as session, pytest.raises(GraphError, match="W:0 holds NaN"):
+        run(session, model, sc.parallelize(rows_of(2), 1))
 
 
 def test_a_closed_session_says_so(sc: SparkContext, model: Regression) -> None:
@@ -485,6 +568,7 @@ def test_a_closed_session_says_so(sc: SparkContext, model: Regression) -> None:
             r"batch_size \(or spark\.tensorspark\.batch\.size\) must be an integer of at least 1, got 0",
         ),
         ({"server_port": 70000}, "server_port .* from 0 to 65535, got 70000"),
+        ({"graph": "another"}, "graph must be the session's own"),
         ({"session": None}, "session must be a tf.compat.v1.Session, got NoneType"),
         ({"spark_context": "local"}, "spark_context must be a SparkContext or a pyspark SparkSession, got str"),
     ],
@@ -505,8 +589,7 @@ def test_a_taken_port_is_named_before_a_task_starts(sc: SparkContext, model: Reg
 
 
 def test_an_address_that_executors_cannot_reach_is_said_within_seconds(sc: SparkContext, model: Regression) -> None:
-    with SparkSession(sc, model.session, server_host="203.0.113.7") as session:
-        object.__setattr__(session._config, "connect_timeout_s", 1.0)
+    with SparkSession(sc, model.session, server_host="203.0.113.7", connect_timeout_s=1.0) as session:
         began = time.monotonic()
         with pytest.raises(ServerUnreachableError, match=r"203\.0\.113\.7.*spark\.tensorspark\.server\.host"):
             run(session, model, sc.parallelize(rows_of(2), 2))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from pyspark import RDD, SparkContext
 
-from tensorspark.driver.jobs import num_slots
 from tensorspark.errors import ConfigError, FeedError
 from tensorspark.weights.combiners import MeanWeightCombiner, WeightCombiner
 
@@ -45,16 +45,19 @@ def as_spark_context(spark: Any) -> SparkContext:
     return context
 
 
-def as_tensorflow_session(session: Any) -> Any:
+def as_tensorflow_session(session: Any, graph: Any) -> Any:
     """`session`, if it looks like a TensorFlow 1 session (TensorFlow is not imported here); else raises ConfigError."""
     if not (callable(getattr(session, "run", None)) and hasattr(session, "graph")):
         raise ConfigError(f"session must be a tf.compat.v1.Session, got {type(session).__name__}")
+    if graph is not None and graph is not session.graph:
+        raise ConfigError("graph must be the session's own: a session runs no other; make a session with that graph")
     return session
 
 
 def _as_combiner(combiner: WeightCombiner | None, feed_rdd: RDD[Any]) -> WeightCombiner:
     if combiner is None:
-        return MeanWeightCombiner(max(1, min(feed_rdd.getNumPartitions(), num_slots(feed_rdd.context))))
+        # Not the slots: a cluster that has just started has fewer than it will have, and one makes pushes overwrite.
+        return MeanWeightCombiner(max(1, feed_rdd.getNumPartitions()))
     if not isinstance(combiner, WeightCombiner):
         raise ConfigError(f"weight_combiner must be a WeightCombiner, such as DeltaWeightCombiner(), got {combiner!r}")
     return combiner
@@ -69,7 +72,7 @@ def check_feed(feed_rdd: Any, feed_names: Any, params: Any, run_metadata: Any) -
         )
     if not isinstance(feed_names, list | tuple) or not feed_names:
         raise FeedError(f"feed_name_list must be a list of tensor names such as [x.name, y_.name], got {feed_names!r}")
-    if params is None or isinstance(params, str):
+    if isinstance(params, str) or hasattr(params, "op") or not isinstance(params, Iterable):
         raise ConfigError(f"param_list must be a list of the variables to synchronize such as [W, b], got {params!r}")
     if run_metadata is not None:
         raise ConfigError("run_metadata cannot be collected from workers: leave it out when feed_rdd is given")

@@ -9,12 +9,14 @@ from typing import Any
 from pyspark import InheritableThread, SparkContext
 
 _CANCEL_TIMEOUT_S = 30.0
+_SUMMARY_LINES = 25
 
 
 class SparkJob:
     """An action that runs on a thread of its own, in a job group of its own, while the caller watches.
 
-    Leaving the ``with`` block before the action has ended (Ctrl-C, an error) cancels it and waits for its end.
+    When it has ended, `result` or `error` holds what came of it. Leaving the ``with`` block before (Ctrl-C, an error)
+    cancels the action and waits for its end.
 
     Args:
         action: what starts the job and waits for it, such as ``rdd.count``.
@@ -28,6 +30,7 @@ class SparkJob:
         self._group = group
         self._description = description
         self._ended = threading.Event()
+        self.result: Any = None
         self.error: BaseException | None = None
         self._thread: Any = InheritableThread(self._run, daemon=True, name=f"tensorspark-job-{group}")
 
@@ -51,7 +54,7 @@ class SparkJob:
     def _run(self) -> None:
         try:
             self._spark_context.setJobGroup(self._group, self._description, interruptOnCancel=True)
-            self._action()
+            self.result = self._action()
         except BaseException as error:  # the caller's to raise, on its own thread
             self.error = error
         finally:
@@ -63,3 +66,9 @@ def num_slots(spark_context: SparkContext) -> int:
     scala_context = spark_context._jsc.sc()
     profile = scala_context.resourceProfileManager().defaultResourceProfile()
     return max(1, int(scala_context.maxNumConcurrentTasks(profile)))
+
+
+def summary(error: BaseException) -> str:
+    """A Spark error's text without the JVM's stack: what failed, where, and a Python traceback where there is one."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.lstrip().startswith(("at ", "... "))]
+    return "\n".join(lines[:_SUMMARY_LINES])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tensorspark.data.staging import make_local_run_dir
+from tensorspark.driver.jobs import SparkJob, summary
 from tensorspark.errors import ConfigError, TensorsparkError, WorkerFailedError
 from tensorspark.ps.client import ParameterClient, ServerAddress
+
+_DESCRIPTION = "tensorspark: can the executors train?"
 
 
 def check_executors(
@@ -30,12 +34,17 @@ def check_executors(
             if error is not None:
                 yield error
 
-    try:
-        problems = spark_context.parallelize(range(num_tasks), num_tasks).mapPartitions(check).collect()
-    except Exception as error:
-        raise _translate(error) from error
-    if problems:
-        raise problems[0]
+    tasks = spark_context.parallelize(range(num_tasks), num_tasks).mapPartitions(check)
+    with SparkJob(spark_context, tasks.collect, group=f"tensorspark-{run_id}-check", description=_DESCRIPTION) as job:
+        if not job.wait(address.io_timeout_s):
+            raise WorkerFailedError(
+                f"the check of the executors did not end within {address.io_timeout_s:g} s: is the cluster out of "
+                f"slots? (spark.tensorspark.io.timeout is how long it may take)"
+            )
+    if job.error is not None:
+        raise _translate(job.error) from job.error
+    if job.result:
+        raise job.result[0]
 
 
 def find_problem(
@@ -56,10 +65,16 @@ def find_problem(
     return None
 
 
-def _translate(error: Exception) -> TensorsparkError:
-    if "No module named 'tensorspark'" in str(error):
+def _translate(error: BaseException) -> TensorsparkError:
+    missing = re.search(r"No module named '(\w+)", str(error))
+    if missing and missing[1] == "tensorspark":
         return ConfigError(
             "the executors cannot import tensorspark: install it there, or ship it with --py-files and the zip that "
             "`make dist` builds"
         )
-    return WorkerFailedError(f"the check of the executors failed: {error}")
+    if missing:
+        return ConfigError(
+            f"the executors' Python has no {missing[1]}: install it there (executors need numpy, msgpack, fsspec and "
+            f"TensorFlow), or point spark.pyspark.python to a Python that has it"
+        )
+    return WorkerFailedError(f"the check of the executors failed: {summary(error)}")

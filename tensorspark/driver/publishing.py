@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -32,6 +33,7 @@ class Publisher:
         self._tmp_dir = tmp_dir
         self._user = user
         self._staging: StagingDirectory | None = None
+        self._broadcast: Broadcast[bytes] | None = None
         self._published: tuple[str, Callable[[], bytes]] | None = None
         make_local_run_dir(tmp_dir, run_id)
 
@@ -51,25 +53,37 @@ class Publisher:
         Raises:
             StagingError: the staging directory does not answer.
         """
-        remove_local(self._tmp_dir, self._run_id)
-        if self._published is not None and self._spark_context._jsc is not None:
-            self._remove_on_executors()
-        if self._staging is not None:
-            self._staging.remove()
-            self._staging = None
+        with contextlib.ExitStack() as stack:  # what cannot be removed keeps nothing else from being removed
+            if self._staging is not None:
+                stack.callback(self._staging.remove)
+                self._staging = None
+            stack.callback(remove_local, self._tmp_dir, self._run_id)
+            if self._published is not None and self._spark_context._jsc is not None:
+                stack.callback(self._destroy_broadcast)
+                self._remove_on_executors()
 
     def _send(self, content: bytes, content_hash: str) -> Callable[[], bytes]:
         if self._hdfs_dir is None:
-            return _broadcast_reader(self._spark_context.broadcast(content))
+            self._destroy_broadcast()
+            self._broadcast = self._spark_context.broadcast(content)
+            return _broadcast_reader(self._broadcast)
         if self._staging is None:
             self._staging = StagingDirectory(self._hdfs_dir, self._run_id, user=self._user)
         staged = self._staging.publish(f"graph-{content_hash[:16]}", content)
         return _staged_reader(staged, self._tmp_dir, self._run_id)
 
+    def _destroy_broadcast(self) -> None:
+        broadcast, self._broadcast = self._broadcast, None
+        if broadcast is not None:
+            try:
+                broadcast.destroy()
+            except Exception as error:  # Spark is on its way out, and its files with it
+                logger.info("a broadcast was left to Spark's own clean-up: %s", error)
+
     def _remove_on_executors(self) -> None:
         tmp_dir, run_id = self._tmp_dir, self._run_id
-        slots = num_slots(self._spark_context)
         try:
+            slots = num_slots(self._spark_context)
             self._spark_context.parallelize(range(slots), slots).foreach(lambda _: remove_local(tmp_dir, run_id))
         except Exception as error:  # whatever Spark could not do: the run itself is over and well
             logger.warning("temporary files may be left in %s on executors: %s", tmp_dir, error)

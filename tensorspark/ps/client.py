@@ -39,7 +39,6 @@ class ServerAddress:
 class Granted:
     """A partition is this worker's, from `cursor` on; `sequence` is that of the partition's last push."""
 
-    lease: int
     sequence: int
     cursor: Cursor
     finished: bool
@@ -63,8 +62,11 @@ class ParameterClient:
         self._address = address
         self._socket = connect(address)
         self._unanswered: list[int] = []
+        self._is_broken = False  # in the middle of a frame: what is sent now would be read as the rest of it
         try:
+            self._socket.settimeout(address.connect_timeout_s)  # who accepts and says nothing is no server of ours
             self._upgrade()
+            self._socket.settimeout(address.io_timeout_s)
         except BaseException:
             self._socket.close()
             raise
@@ -89,7 +91,6 @@ class ParameterClient:
         header = self._receive(Kind.GRANTED)
         self._socket.settimeout(self._address.io_timeout_s)
         return Granted(
-            lease=protocol.count(header, "lease"),
             sequence=protocol.count(header, "sequence"),
             cursor=Cursor(protocol.count(header, "epoch"), protocol.count(header, "batch")),
             finished=protocol.field(header, "finished", bool),
@@ -133,6 +134,8 @@ class ParameterClient:
 
     def report(self, message: str, traceback: str) -> None:
         """Tells the server that this worker has failed; best effort: a server that is gone is told nothing."""
+        if self._is_broken:
+            return
         with contextlib.suppress(TransportError):
             self._send(Kind.FAIL, {"message": _tail(message, 2**10), "traceback": _tail(traceback)})
             self._skip_to_answer()
@@ -215,13 +218,16 @@ class ParameterClient:
         try:
             yield
         except TimeoutError as error:
+            self._is_broken = True
             raise ConnectionLostError(
                 f"the server at {self._where()} did not answer within {self._socket.gettimeout()} s "
                 f"(spark.tensorspark.io.timeout)"
             ) from error
         except ConnectionLostError:
+            self._is_broken = True
             raise
         except OSError as error:
+            self._is_broken = True
             raise ConnectionLostError(f"the connection to the server at {self._where()} broke: {error}") from error
 
     def _where(self) -> str:
@@ -238,7 +244,6 @@ def connect(address: ServerAddress) -> socket.socket:
             f"({error}); set server_host (or spark.tensorspark.server.host) to an address of the driver that executors "
             f"can reach, and server_port (or spark.tensorspark.server.port) to a port that no firewall closes"
         ) from error
-    connection.settimeout(address.io_timeout_s)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     return connection

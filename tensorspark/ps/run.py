@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 
 from tornado.iostream import StreamClosedError
 
-from tensorspark.errors import CombinerError, NonFiniteError, ProtocolError, TensorsparkError
+from tensorspark.errors import CombinerError, NonFiniteError, ProtocolError, RefusedError, TensorsparkError
 from tensorspark.history import Point, WorkerReport
 from tensorspark.ps import protocol
 from tensorspark.ps.buffers import ReceivePool, SnapshotStore
@@ -35,7 +35,7 @@ from tensorspark.weights.layout import Buffer, WeightLayout
 
 logger = logging.getLogger(__name__)
 
-# A larger merge leaves the loop to another thread; for a smaller one the change of threads costs more than the merge.
+# A larger merge, or one in a user's code, leaves the loop to another thread; for others the change costs more than it.
 _MERGE_INLINE_BYTES = 2**20
 
 
@@ -66,6 +66,7 @@ class Run:
         self.state = RunState(number, layout, num_partitions)
         self._combiner = combiner
         self._executor = executor
+        self._merges_inline = combiner.is_elementwise and layout.num_bytes <= _MERGE_INLINE_BYTES
         self._connections: dict[int, Connection] = {}
         self._merges: deque[tuple[Merge, Buffer]] = deque()
         self._merging: asyncio.Task[None] | None = None
@@ -175,10 +176,8 @@ class Run:
         if self._merging is not None:
             return
         while self._merges:
-            out = self.store.take_free()
-            if out is None or self.layout.num_bytes > _MERGE_INLINE_BYTES:
-                if out is not None:
-                    self.store.put_back(out)
+            out = self.store.take_free() if self._merges_inline else None
+            if out is None:
                 self._merging = asyncio.get_running_loop().create_task(self._merge_all())
                 return
             merge, payload = self._merges.popleft()
@@ -199,7 +198,9 @@ class Run:
         finally:
             self._merging = None
 
-    def _merge(self, merge: Merge, payload: Buffer, out: Buffer) -> NonFiniteError | CombinerError | None:
+    def _merge(self, merge: Merge, payload: Buffer, out: Buffer) -> RefusedError | CombinerError | None:
+        if not self.state.is_next(merge):
+            return RefusedError("a push before this one was refused")
         current = self.store.current.buffer
         try:
             finite = self._combiner.merge(self.layout, current, payload, out, merge.partition)
@@ -218,9 +219,7 @@ class Run:
         name = self.layout.find_non_finite(out)
         return CombinerError(f"{type(self._combiner).__name__} made NaN or infinity in {name} from finite weights")
 
-    def _conclude(
-        self, merge: Merge, payload: Buffer, out: Buffer, error: NonFiniteError | CombinerError | None
-    ) -> None:
+    def _conclude(self, merge: Merge, payload: Buffer, out: Buffer, error: RefusedError | CombinerError | None) -> None:
         self.pool.put_back(payload)
         if error is not None:
             self.store.put_back(out)
@@ -254,7 +253,6 @@ def _push(header: dict[str, object]) -> Push:
 
 def _granted_header(grant: Grant) -> dict[str, object]:
     return {
-        "lease": grant.lease,
         "sequence": grant.sequence,
         "epoch": grant.cursor.epoch,
         "batch": grant.cursor.batch,

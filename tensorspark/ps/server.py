@@ -9,6 +9,7 @@ import hmac
 import itertools
 import json
 import logging
+import math
 import secrets
 import socket
 import threading
@@ -100,6 +101,7 @@ class ParameterServer:
         def begin() -> int:
             if self._run is not None:
                 self._run.close()
+                self._run = None  # so that its buffers are not held beside the new run's
             self._num_runs += 1
             self._run = Run(
                 self._num_runs,
@@ -146,7 +148,7 @@ class ParameterServer:
         self._closed = True
         self._loop.call_soon_threadsafe(self._closing.set)
         self._thread.join(_CALL_TIMEOUT_S)
-        self._executor.shutdown()
+        self._executor.shutdown(wait=False, cancel_futures=True)  # a user's combiner may be at it for long
 
     # The loop's thread
 
@@ -207,6 +209,7 @@ class ParameterServer:
         handler.finish()
         stream = handler.detach()
         stream.set_nodelay(True)
+        _notice_vanished_peer(stream.socket, self._io_timeout_s)
         number = next(self._connection_numbers)
         await run.serve(Connection(number, stream, run.layout, run.pool, self._io_timeout_s))
 
@@ -241,7 +244,7 @@ class _StatusPage(_Handler):
         self.require_token()
         run = self.parameter_server._run
         self.set_header("Content-Type", "application/json")
-        self.write(json.dumps(asdict(run.status()) if run else {"run": 0}))
+        self.write(json.dumps(_without_nan(asdict(run.status())) if run else {"run": 0}))
 
 
 class _Workers(_Handler):
@@ -253,9 +256,27 @@ class _Workers(_Handler):
         await self.parameter_server.serve_worker(self)
 
 
+def _without_nan(status: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: null stands for it."""
+    scalars = {name: value if math.isfinite(value) else None for name, value in status["scalars"].items()}
+    return {**status, "scalars": scalars}
+
+
 def _log_request(handler: tornado.web.RequestHandler) -> None:
     """Logs path and status alone: a header may hold the token."""
     logger.debug("%s %s %d", handler.request.method, handler.request.path, handler.get_status())
+
+
+def _notice_vanished_peer(connection: socket.socket, deadline_s: float) -> None:
+    """Has the kernel close the connection of a host that lost power or network and will never say so.
+
+    Without it the lease of such a worker would last for ever, and Spark's retry of the partition wait as long.
+    """
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    probe_s = max(1, round(deadline_s / 4))
+    for option, value in (("TCP_KEEPIDLE", probe_s), ("TCP_KEEPINTVL", probe_s), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):  # macOS calls the first TCP_KEEPALIVE
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def _bind(host: str, port: int) -> list[socket.socket]:
@@ -279,6 +300,9 @@ def _bind(host: str, port: int) -> list[socket.socket]:
 def _listening_sockets(host: str, port: int) -> list[socket.socket]:
     """One socket for each of the host's addresses, all on one port."""
     addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    if _is_own_name(host) and all(str(address[4][0]).startswith("127.") for address in addresses):
+        # Debian resolves a machine's own name to 127.0.1.1; elsewhere it stands for an address of the network.
+        return _listening_sockets("", port)
     sockets: list[socket.socket] = []
     for family, _, _, _, address in dict.fromkeys(addresses):
         try:
@@ -293,3 +317,7 @@ def _listening_sockets(host: str, port: int) -> list[socket.socket]:
         port = listener.getsockname()[1]
         sockets.append(listener)
     return sockets
+
+
+def _is_own_name(host: str) -> bool:
+    return host not in ("", "localhost") and host in (socket.gethostname(), socket.getfqdn())

@@ -12,6 +12,7 @@ always reads its own writes.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,8 @@ from tensorspark.errors import (
 )
 from tensorspark.history import Recorder, WorkerReport
 from tensorspark.weights.layout import WeightLayout
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, order=True)
@@ -73,7 +76,6 @@ class Grant:
     """Tell the connection that the partition is its own, and where to begin."""
 
     connection: int
-    lease: int
     sequence: int
     cursor: Cursor
     finished: bool
@@ -118,8 +120,8 @@ Decision = Grant | Refuse | SendSnapshot | Merge | Accept
 class _Partition:
     report: WorkerReport
     holder: int | None = None
-    lease: int = 0
-    sequence: int = 0
+    received: int = 0  # sequence number of the newest push that arrived
+    merged: int = 0  # and of the newest that is in the weights
     cursor: Cursor = Cursor()
     progress: float | None = None
     num_merging: int = 0
@@ -203,11 +205,11 @@ class RunState:
         if isinstance(held, RefusedError):
             self._count_refusal(connection)
             return [Refuse(connection, held)]
-        if push.sequence <= held.sequence:
+        if push.sequence <= held.merged:
             return [Accept(connection, push.sequence)]
-        if push.sequence != held.sequence + 1 or push.cursor < held.cursor:
-            raise ProtocolError(f"expected push {held.sequence + 1} from {held.cursor} on, got {push}")
-        held.sequence = push.sequence
+        if push.sequence != held.received + 1 or push.cursor < held.cursor:
+            raise ProtocolError(f"expected push {held.received + 1} from {held.cursor} on, got {push}")
+        held.received = push.sequence
         held.num_merging += 1
         return [Merge(connection, held.report.partition, push)]
 
@@ -230,7 +232,7 @@ class RunState:
         held.update(
             finished=True, epoch_samples=epoch_samples, epoch_seconds=epoch_seconds, step_s=step_s, sync_s=sync_s
         )
-        return [Accept(connection, held.sequence)]
+        return [Accept(connection, held.merged)]
 
     def fail(self, connection: int, message: str, worker_traceback: str) -> list[Decision]:
         """A worker raised: the run fails. A standby's or a former holder's failure says nothing about the run."""
@@ -244,7 +246,7 @@ class RunState:
             host=report.host,
             worker_traceback=worker_traceback,
         )
-        return [Accept(connection, held.sequence), *self.stop(error)]
+        return [Accept(connection, held.merged), *self.stop(error)]
 
     def disconnect(self, connection: int) -> list[Decision]:
         """A connection has closed, for whatever reason."""
@@ -263,6 +265,7 @@ class RunState:
         """A decided merge is in the current snapshot; `seconds` since the run began."""
         partition, push = self._partitions[merge.partition], merge.push
         partition.num_merging -= 1
+        partition.merged = push.sequence
         partition.cursor = push.cursor
         partition.progress = push.progress
         report = partition.report
@@ -274,11 +277,16 @@ class RunState:
         self.recorder.record(seconds, push.num_steps, push.num_samples, push.sums)
         return [Accept(merge.connection, push.sequence), *self._after_merge(partition)]
 
+    def is_next(self, merge: Merge) -> bool:
+        """Whether the merge's turn has come, and no push before it was refused."""
+        return merge.push.sequence == self._partitions[merge.partition].merged + 1
+
     def not_merged(self, merge: Merge, error: RefusedError | CombinerError) -> list[Decision]:
         """A decided merge was refused (NaN) or its combiner failed; a combiner's failure ends the run."""
         partition = self._partitions[merge.partition]
         partition.num_merging -= 1
-        partition.sequence -= 1
+        if not partition.num_merging:
+            partition.received = partition.merged
         partition.update(num_refused=partition.report.num_refused + 1)
         if isinstance(error, RefusedError):
             return [Refuse(merge.connection, error), *self._after_merge(partition)]
@@ -348,10 +356,10 @@ class RunState:
             return []
         connection, registration = partition.standbys.popleft()
         partition.holder = connection
-        partition.lease += 1
-        partition.update(host=registration.host, num_attempts=partition.lease)
+        partition.update(host=registration.host, num_attempts=partition.report.num_attempts + 1)
+        logger.info("partition %d: attempt %d on %s", registration.partition, registration.attempt, registration.host)
         finished = partition.report.finished
-        return [Grant(connection, partition.lease, partition.sequence, partition.cursor, finished)]
+        return [Grant(connection, partition.merged, partition.cursor, finished)]
 
 
 def _stopped_error() -> RunStoppedError:

@@ -21,6 +21,7 @@ from tensorspark.data.batches import Column, Columns
 from tensorspark.errors import FeedError, GraphError
 from tensorspark.trainers.base import Trainer
 from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.variables import GraphVariables, assign_op, variable_name
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 
 with quiet():
@@ -28,7 +29,7 @@ with quiet():
 
 logger = logging.getLogger(__name__)
 
-_VARIABLE_OPS = ("VarHandleOp", "VariableV2", "Variable")
+_HOMEBOUND_OPS = {"PyFunc", "PyFuncStateless", "EagerPyFunc", "IteratorGetNext", "IteratorV2", "OneShotIterator"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class GraphSpec:
     """How an executor rebuilds the session and what it runs there. See `capture`.
 
     Attributes:
+        table_initializers: operations that fill the graph's lookup tables, as `tf.tables_initializer` does.
         fetches: name in the history and tensor name of every scalar to average.
         targets: operations and other tensors to run with each step.
         constants: values fed with every batch, by tensor name.
@@ -45,6 +47,7 @@ class GraphSpec:
 
     layout: WeightLayout
     columns: tuple[Column, ...]
+    table_initializers: tuple[str, ...]
     fetches: tuple[tuple[str, str], ...]
     targets: tuple[str, ...]
     constants: Mapping[str, NDArray[Any]]
@@ -58,9 +61,14 @@ class GraphSpec:
             self.content_hash,
             self.layout.fingerprint,
             [str((column.name, column.shape, column.dtype)) for column in self.columns],
+            self.table_initializers,
             self.fetches,
             self.targets,
-            [(name, value.dtype.str, value.shape, value.tobytes()) for name, value in self.constants.items()],
+            # An array of strings holds pointers: its bytes say nothing of its values.
+            [
+                (name, value.dtype.str, value.shape, value.tolist() if value.dtype == object else value.tobytes())
+                for name, value in self.constants.items()
+            ],
             self.config,
             self.options,
         ]
@@ -90,7 +98,6 @@ def capture(
     config: tf.ConfigProto | None = None,
     options: tf.RunOptions | None = None,
     num_threads: int = 1,
-    graph: tf.Graph | None = None,
 ) -> Captured:
     """Reads off the driver's session all that executors need.
 
@@ -104,23 +111,26 @@ def capture(
 
     Raises:
         FeedError: a feed name that is not in the graph, stands twice, or cannot take a batch of any size.
-        GraphError: a fetch or variable that is not in the graph, is uninitialized or not a number.
+        GraphError: a fetch or variable that is not in the graph, is uninitialized or not a number; a fetch that needs
+            what cannot travel (Python functions, dataset iterators); weights that are not finite.
     """
-    graph = graph or session.graph
-    variables = _Variables(graph, session)
-    names = [_variable_name(graph, param) for param in params]
+    graph = session.graph
+    variables = GraphVariables(graph, session)
+    names = [variable_name(graph, param) for param in params]
     if not names:
         raise GraphError("param_list is empty: name the variables to synchronize, such as [W, b]")
     weights = variables.read(names)
     layout = _layout(weights)
-    local = {name: value for name, value in variables.read_initialized().items() if name not in weights}
+    local = variables.read_initialized(without=weights)
     content = _pack_content(graph, local)
     columns = _without_repeats([_column(graph, name) for name in feed_names])
     fed = {column.name for column in columns}
     scalars, targets = _split_fetches(graph, fetches, fed)
+    _check_that_it_travels(graph, [*[name for _, name in scalars], *targets])
     spec = GraphSpec(
         layout=layout,
         columns=columns,
+        table_initializers=tuple(op.name for op in graph.get_collection(tf.GraphKeys.TABLE_INITIALIZERS)),
         fetches=scalars,
         targets=targets,
         constants=dict(_constant(graph, key, value, fed) for key, value in (constants or {}).items()),
@@ -128,12 +138,15 @@ def capture(
         options=None if options is None else options.SerializeToString(deterministic=True),
         content_hash=hashlib.sha256(content).hexdigest(),
     )
-    return Captured(spec, content, layout.pack(weights))
+    buffer = layout.pack(weights)
+    if (name := layout.find_non_finite(buffer)) is not None:
+        raise GraphError(f"variable {name} holds NaN or infinity before training: initialize it anew, or leave it out")
+    return Captured(spec, content, buffer)
 
 
 def assign(session: tf.Session, layout: WeightLayout, weights: Buffer) -> None:
     """Sets the variables of the driver's session to `weights`, which may be reused at once."""
-    _Variables(session.graph, session).load(layout.views(weights))
+    GraphVariables(session.graph, session).load(layout.views(weights))
 
 
 class GraphTrainer(Trainer):
@@ -148,13 +161,12 @@ class GraphTrainer(Trainer):
         with tf.Graph().as_default() as graph:
             tf.import_graph_def(graph_def, name="")
             self._session = tf.Session(graph=graph, config=config)
-            self._variables = _Variables(graph, self._session)
+            self._variables = GraphVariables(graph, self._session)
             self._load, self._load_order = self._make_load(graph)
             self._read = self._session.make_callable([self._variables.read_tensor(s.name) for s in self.layout.specs])
             self._step = self._make_step(graph, spec)
-            for operation in graph.get_operations():
-                if operation.type.startswith(("InitializeTable", "LookupTableImport")):
-                    self._session.run(operation)
+            # Not all operations that fill tables: a Saver's read a checkpoint.
+            self._session.run([graph.get_operation_by_name(name) for name in spec.table_initializers])
 
     def reset(self) -> None:
         self._variables.load(self._local)
@@ -184,7 +196,7 @@ class GraphTrainer(Trainer):
             value = tf.raw_ops.DeepCopy(x=placeholder)
             variable = graph.get_operation_by_name(spec.name.removesuffix(":0"))
             placeholders.append(placeholder)
-            assigns.append(_assign_op(variable, value))
+            assigns.append(assign_op(variable, value))
         load = self._session.make_callable(tf.group(*assigns), feed_list=placeholders)
         return load, [spec.name for spec in self.layout.specs]
 
@@ -202,84 +214,8 @@ class GraphTrainer(Trainer):
         return run
 
 
-class _Variables:
-    """Reads and assigns a graph's variables through the operations that the graph already has."""
-
-    def __init__(self, graph: tf.Graph, session: tf.Session) -> None:
-        self._session = session
-        self._by_name = {op.outputs[0].name: op for op in graph.get_operations() if op.type in _VARIABLE_OPS}
-
-    def read_tensor(self, name: str) -> tf.Tensor:
-        op = self._by_name[name]
-        if op.type != "VarHandleOp":
-            return op.outputs[0]
-        for consumer in op.outputs[0].consumers():
-            if consumer.type == "ReadVariableOp":
-                return consumer.outputs[0]
-        raise GraphError(f"variable {name} has no read operation in the graph: use it before the session is captured")
-
-    def read(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Values of the named variables; raises GraphError for one that does not exist or is not initialized."""
-        for name in names:
-            if name not in self._by_name:
-                known = ", ".join(sorted(self._by_name)[:20]) or "none"
-                raise GraphError(
-                    f"param_list names {name}, which is no variable of the session's graph; it has {known}"
-                )
-            if names.count(name) > 1:
-                raise GraphError(f"param_list names {name} twice")
-        values = {}
-        for name in names:
-            try:
-                values[name] = np.array(self._session.run(self.read_tensor(name)))
-            except tf.errors.FailedPreconditionError as error:
-                raise GraphError(f"variable {name} is not initialized: run its initializer before training") from error
-        return values
-
-    def read_initialized(self) -> dict[str, NDArray[Any]]:
-        """Values of all variables that have one and can be assigned again."""
-        values = {}
-        for name in self._by_name:
-            try:
-                values[name] = np.array(self._session.run(self.read_tensor(name)))
-            except (tf.errors.FailedPreconditionError, GraphError):
-                logger.debug("variable %s is uninitialized or unused: not shipped", name)
-        return values
-
-    def load(self, values: Mapping[str, NDArray[Any]]) -> None:
-        """Assigns by feeding the variables' own initializers, with copies: see `GraphTrainer._make_load`."""
-        left = {name: self._initializer(name) for name in values}
-        while left:
-            # Variables made from one tensor share what their initializers assign: fed once, it would set them all.
-            now = {op.inputs[1].name: name for name, op in left.items()}
-            feed = {tensor: np.array(values[name]) for tensor, name in now.items()}
-            self._session.run([left.pop(name) for name in now.values()], feed)
-
-    def _initializer(self, name: str) -> tf.Operation:
-        for consumer in self._by_name[name].outputs[0].consumers():
-            if consumer.type in ("Assign", "AssignVariableOp") and consumer.inputs[0] is self._by_name[name].outputs[0]:
-                return consumer
-        raise GraphError(f"variable {name} has no initializer in the graph, so it cannot be given a value")
-
-
-def _assign_op(variable: tf.Operation, value: tf.Tensor) -> tf.Operation:
-    target = variable.outputs[0]
-    if variable.type == "VarHandleOp":
-        return tf.raw_ops.AssignVariableOp(resource=target, value=value)
-    return tf.raw_ops.Assign(ref=target, value=value, use_locking=False).op
-
-
 def _without_value(element: tf.Operation | tf.Tensor) -> tf.Operation:
     return element.op if isinstance(element, tf.Tensor) else element
-
-
-def _variable_name(graph: tf.Graph, param: Any) -> str:
-    name = param if isinstance(param, str) else getattr(param, "name", None)
-    if not isinstance(name, str):
-        raise GraphError(f"param_list holds {param!r}; expected a variable such as tf.Variable makes, or its name")
-    if getattr(param, "graph", graph) is not graph:
-        raise GraphError(f"variable {name} belongs to another graph than the session's")
-    return name if ":" in name else f"{name}:0"
 
 
 def _layout(weights: Mapping[str, NDArray[Any]]) -> WeightLayout:
@@ -350,6 +286,22 @@ def _split_fetches(graph: tf.Graph, fetches: Any, fed: set[str]) -> tuple[tuple[
     if not scalars and not targets:
         raise GraphError("fetches is empty: pass the training operation, and with it what to record, such as a loss")
     return tuple(scalars.items()), tuple(targets)
+
+
+def _check_that_it_travels(graph: tf.Graph, fetches: Sequence[str]) -> None:
+    """Raises GraphError where a fetch depends on an operation that lives in the driver's process."""
+    waiting = [_without_value(graph.as_graph_element(name)) for name in fetches]
+    seen = set(waiting)
+    while waiting:
+        op = waiting.pop()
+        if op.type in _HOMEBOUND_OPS:
+            raise GraphError(
+                f"operation {op.name} ({op.type}) lives in the driver's process and cannot be rebuilt on executors: "
+                f"feed what it makes through feed_rdd, or compute it with TensorFlow operations"
+            )
+        before = {tensor.op for tensor in op.inputs}.union(op.control_inputs) - seen
+        seen |= before
+        waiting += before
 
 
 def _flatten(fetches: Any, key: str = "") -> list[tuple[str, Any]]:

@@ -55,7 +55,12 @@ class WeightCombiner:
         raise NotImplementedError(f"{type(self).__name__} must define compute(origin_weight, new_weight, ...)")
 
     def reset_value(self) -> None:
-        """Forgets what earlier pushes left in the combiner."""
+        """Forgets what earlier pushes left in the combiner. An instance that serves several runs keeps it otherwise."""
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether `merge` is quick arithmetic over the flat buffers, and calls nothing that a user wrote."""
+        return False
 
     def merge(self, layout: WeightLayout, current: Buffer, pushed: Buffer, out: Buffer, worker_id: int) -> bool:
         """Writes the new weights to `out`; `current` and `pushed` stay as they are.
@@ -109,7 +114,7 @@ class ElementwiseCombiner(WeightCombiner):
         raise NotImplementedError
 
     def merge(self, layout: WeightLayout, current: Buffer, pushed: Buffer, out: Buffer, worker_id: int) -> bool:
-        if not self._computes_as_defined_here():
+        if not self.is_elementwise:
             return super().merge(layout, current, pushed, out, worker_id)
         finite = True
         with np.errstate(invalid="ignore", over="ignore"):
@@ -119,8 +124,9 @@ class ElementwiseCombiner(WeightCombiner):
                 finite = finite and _is_finite(result)
         return finite
 
-    def _computes_as_defined_here(self) -> bool:
-        """Whether `compute` is the built-in one, so that `update` says the same."""
+    @property
+    def is_elementwise(self) -> bool:
+        # Where a subclass brings a `compute` of its own, `update` does not say what it says.
         return type(self).compute.__module__ == __name__
 
 
@@ -256,6 +262,6 @@ def _is_finite(block: NDArray[Any]) -> bool:
 
 
 def _blocks(layout: WeightLayout) -> Iterator[tuple[np.dtype[Any], slice]]:
-    for run in layout.runs:
-        for start in range(run.start, run.stop, _BLOCK_BYTES):
-            yield run.dtype, slice(start, min(start + _BLOCK_BYTES, run.stop))
+    for segment in layout.segments:
+        for start in range(segment.start, segment.stop, _BLOCK_BYTES):
+            yield segment.dtype, slice(start, min(start + _BLOCK_BYTES, segment.stop))

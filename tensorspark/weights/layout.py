@@ -1,8 +1,8 @@
 """How a model's tensors lie in one contiguous buffer.
 
 A `WeightLayout` gives every tensor an offset in a flat buffer of bytes; tensors of one dtype lie next to each other
-(a *run*), so that arithmetic over all weights is one numpy call per dtype. Offsets are multiples of 64 bytes. The gaps
-between tensors are zero in every buffer that `allocate` makes, and arithmetic keeps them so.
+(a *segment*), so that arithmetic over all weights is one numpy call per dtype. Offsets are multiples of 64 bytes. The
+gaps between tensors are zero in every buffer that `allocate` makes, and arithmetic keeps them so.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Run:
+class Segment:
     """Neighbouring tensors of one dtype: `buffer[start:stop].view(dtype)` holds them and the gaps between them."""
 
     dtype: np.dtype[Any]
@@ -57,7 +57,7 @@ class Run:
     stop: int
 
     def of(self, buffer: Buffer) -> NDArray[Any]:
-        """A flat view of this run in `buffer`."""
+        """A flat view of this segment in `buffer`."""
         return buffer[self.start : self.stop].view(self.dtype)
 
 
@@ -83,7 +83,7 @@ class WeightLayout:
         repeated = [name for name, count in Counter(spec.name for spec in self.specs).items() if count > 1]
         if repeated:
             raise ValueError(f"tensor {repeated[0]!r} stands twice in the layout")
-        self.offsets, self.runs, self.num_bytes = _place(self.specs)
+        self.offsets, self.segments, self.num_bytes = _place(self.specs)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -146,9 +146,9 @@ def _can_be_non_finite(dtype: np.dtype[Any]) -> bool:
     return dtype.kind in "fcV"
 
 
-def _place(specs: Sequence[TensorSpec]) -> tuple[dict[str, int], tuple[Run, ...], int]:
+def _place(specs: Sequence[TensorSpec]) -> tuple[dict[str, int], tuple[Segment, ...], int]:
     offsets: dict[str, int] = {}
-    runs: list[Run] = []
+    segments: list[Segment] = []
     offset = 0
     dtypes = list(dict.fromkeys(spec.dtype for spec in specs))
     ordered = sorted(specs, key=lambda spec: dtypes.index(spec.dtype))
@@ -158,8 +158,8 @@ def _place(specs: Sequence[TensorSpec]) -> tuple[dict[str, int], tuple[Run, ...]
         for spec in members:
             offsets[spec.name] = offset
             offset += -(-spec.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        runs.append(Run(dtype, start, offset))
-    return offsets, tuple(runs), offset
+        segments.append(Segment(dtype, start, offset))
+    return offsets, tuple(segments), offset
 
 
 def _numeric_dtype(name: str) -> np.dtype[Any]:

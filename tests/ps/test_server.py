@@ -204,6 +204,55 @@ def test_a_report_behind_pushes_in_flight_arrives(start: Start) -> None:
     assert isinstance(cluster.server.failure(), WorkerFailedError)
 
 
+def test_a_worker_whose_push_broke_off_sends_nothing_that_could_pass_for_its_rest(start: Start) -> None:
+    cluster = start(LARGE)
+    worker = cluster.worker()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "_socket", _Breaking(worker._socket, LARGE.num_bytes - 200))
+        with pytest.raises(ConnectionLostError):
+            worker.push(filled(LARGE, 1), push_of(1))
+        worker.report("ConnectionLostError", "Traceback " + "x" * 1000)
+    worker.close()
+    wait_until(lambda: cluster.server.status().num_live == 0)
+    assert cluster.weights() == {2}
+
+
+class _Breaking:
+    """A socket that breaks after `limit` bytes of its first payload."""
+
+    def __init__(self, wrapped: socket.socket, limit: int) -> None:
+        self._wrapped = wrapped
+        self._limit = limit
+
+    def sendall(self, data: Any) -> None:
+        if len(data) > self._limit:
+            self._wrapped.sendall(data[: self._limit])
+            raise TimeoutError
+        self._wrapped.sendall(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped, name)
+
+
+def test_a_slow_combiner_of_a_users_own_does_not_hold_up_the_servers_loop(start: Start) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    class Slow(WeightCombiner):
+        def compute(self, origin_weight: Any, new_weight: Any, worker_id: int | str = -1, name: Any = None) -> Any:
+            entered.set()
+            assert leave.wait(10)
+            return new_weight
+
+    cluster = start(combiner=Slow())
+    worker = cluster.worker()
+    worker.push(filled(SMALL, 6), push_of(1))
+    assert entered.wait(10)
+    assert cluster.server.status().num_live == 1
+    leave.set()
+    worker.flush()
+    assert cluster.weights() == {6}
+
+
 def test_a_standby_takes_over_when_the_holder_is_gone(start: Start) -> None:
     cluster = start()
     holder = cluster.worker(attempt=1)

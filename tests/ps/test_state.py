@@ -10,6 +10,7 @@ from tensorspark.errors import (
     LeaseLostError,
     NonFiniteError,
     ProtocolError,
+    RefusedError,
     RunStoppedError,
     WorkerFailedError,
 )
@@ -57,7 +58,7 @@ def refusal(decisions: list[Decision]) -> type[Exception]:
 
 
 def test_the_first_attempt_is_granted_its_partition_from_the_beginning(state: RunState) -> None:
-    assert state.register(1, registration()) == [Grant(1, lease=1, sequence=0, cursor=Cursor(0, 0), finished=False)]
+    assert state.register(1, registration()) == [Grant(1, sequence=0, cursor=Cursor(0, 0), finished=False)]
 
 
 def test_a_worker_of_another_run_is_told_that_its_run_has_ended(state: RunState) -> None:
@@ -137,7 +138,7 @@ def test_a_second_attempt_waits_while_the_first_lives_and_goes_on_where_it_was(s
     state.register(1, registration(attempt=10))
     assert state.register(2, registration(attempt=11)) == []
     merge(state, 1, push(1, epoch=3, batch=4))
-    assert state.disconnect(1) == [Grant(2, lease=2, sequence=1, cursor=Cursor(3, 4), finished=False)]
+    assert state.disconnect(1) == [Grant(2, sequence=1, cursor=Cursor(3, 4), finished=False)]
     assert state.reports()[0].num_attempts == 2
     assert state.reports()[0].host == "host11"
 
@@ -157,7 +158,7 @@ def test_a_successor_is_granted_only_when_its_predecessors_push_is_in(state: Run
     assert state.register(2, registration(attempt=11)) == []
     assert isinstance(pending, Merge)
     decisions = state.merged(pending, 1.0)
-    assert decisions == [Accept(1, 1), Grant(2, lease=2, sequence=1, cursor=Cursor(0, 1), finished=False)]
+    assert decisions == [Accept(1, 1), Grant(2, sequence=1, cursor=Cursor(0, 1), finished=False)]
 
 
 @pytest.mark.parametrize("event", ["pull", "push", "finish", "fail"])
@@ -175,6 +176,19 @@ def test_a_push_of_nan_is_refused_leaves_no_trace_and_can_be_followed_by_a_good_
     assert refusal(state.not_merged(bad, NonFiniteError("NaN in W:0"))) is NonFiniteError
     assert (state.status().num_steps, state.reports()[0].num_refused) == (0, 1)
     assert merge(state, 1, push(1)) == [Accept(1, 1)]
+
+
+def test_pushes_behind_a_refused_one_are_refused_too_and_can_come_again(state: RunState) -> None:
+    state.register(1, registration())
+    (bad,), (behind,) = state.push(1, push(1)), state.push(1, push(2))
+    assert isinstance(bad, Merge)
+    assert isinstance(behind, Merge)
+    assert state.is_next(bad)
+    state.not_merged(bad, NonFiniteError("NaN in W:0"))
+    assert not state.is_next(behind)
+    assert refusal(state.not_merged(behind, RefusedError("a push before this one was refused"))) is RefusedError
+    assert [merge(state, 1, push(sequence)) for sequence in (1, 2)] == [[Accept(1, 1)], [Accept(1, 2)]]
+    assert state.reports()[0].num_pushes == 2
 
 
 def test_a_pull_behind_a_refused_push_is_answered(state: RunState) -> None:

@@ -111,8 +111,8 @@ def _push(case: Case, layout: WeightLayout, pulled: Buffer, local: Buffer) -> Bu
 
 def _merge(combiner: WeightCombiner, layout: WeightLayout, current: Buffer, pushed: Buffer) -> tuple[Buffer, bool]:
     out = layout.allocate()
-    for run in layout.runs:
-        run.of(out)[...] = 1  # what was in a recycled buffer
+    for segment in layout.segments:
+        segment.of(out)[...] = 1  # what was in a recycled buffer
     return out, combiner.merge(layout, current, pushed, out, worker_id=2)
 
 

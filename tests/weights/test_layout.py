@@ -67,13 +67,13 @@ def test_packed_values_come_back_exactly_in_shape_and_dtype(specs: list[TensorSp
 @given(specs=specs)
 def test_runs_tile_the_buffer_with_one_dtype_each(specs: list[TensorSpec]) -> None:
     layout = WeightLayout(specs)
-    assert [run.start for run in layout.runs] == [0, *[run.stop for run in layout.runs[:-1]]]
-    assert layout.runs[-1].stop == layout.num_bytes
-    dtypes = [run.dtype for run in layout.runs]
+    assert [segment.start for segment in layout.segments] == [0, *[segment.stop for segment in layout.segments[:-1]]]
+    assert layout.segments[-1].stop == layout.num_bytes
+    dtypes = [segment.dtype for segment in layout.segments]
     assert len(set(dtypes)) == len(dtypes) == len({spec.dtype for spec in specs})
     for spec in specs:
-        run = next(run for run in layout.runs if run.dtype == np.dtype(spec.dtype))
-        assert run.start <= layout.offsets[spec.name] <= run.stop
+        segment = next(segment for segment in layout.segments if segment.dtype == np.dtype(spec.dtype))
+        assert segment.start <= layout.offsets[spec.name] <= segment.stop
 
 
 @given(specs=specs)
@@ -81,8 +81,8 @@ def test_arithmetic_over_runs_is_arithmetic_over_tensors(specs: list[TensorSpec]
     layout = WeightLayout(specs)
     values = _values(layout)
     buffer = layout.pack(values)
-    for run in layout.runs:
-        run.of(buffer)[...] += run.of(buffer)
+    for segment in layout.segments:
+        segment.of(buffer)[...] += segment.of(buffer)
     for name, view in layout.views(buffer).items():
         np.testing.assert_array_equal(view, values[name] + values[name])
 
@@ -152,10 +152,10 @@ def test_equal_layouts_have_equal_fingerprints_also_after_pickling() -> None:
     layout = WeightLayout(MIXED)
     clone = pickle.loads(pickle.dumps(layout))
     assert clone.fingerprint == layout.fingerprint == _fingerprint(*MIXED)
-    assert (clone.specs, clone.offsets, clone.runs, clone.num_bytes) == (
+    assert (clone.specs, clone.offsets, clone.segments, clone.num_bytes) == (
         layout.specs,
         layout.offsets,
-        layout.runs,
+        layout.segments,
         layout.num_bytes,
     )
 

@@ -1,0 +1,106 @@
+"""A TensorFlow 1 graph's variables: read and assigned through the operations that the graph already has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorspark.errors import GraphError
+from tensorspark.trainers.startup import quiet
+
+with quiet():
+    import tensorflow.compat.v1 as tf
+
+logger = logging.getLogger(__name__)
+
+_VARIABLE_OPS = ("VarHandleOp", "VariableV2", "Variable")
+
+
+class GraphVariables:
+    """The variables of `graph` in `session`, by tensor name such as ``"W:0"``; adds nothing to the graph."""
+
+    def __init__(self, graph: tf.Graph, session: tf.Session) -> None:
+        self._session = session
+        self._by_name = {op.outputs[0].name: op for op in graph.get_operations() if op.type in _VARIABLE_OPS}
+
+    def read_tensor(self, name: str) -> tf.Tensor:
+        op = self._by_name[name]
+        if op.type != "VarHandleOp":
+            return op.outputs[0]
+        for consumer in op.outputs[0].consumers():
+            if consumer.type == "ReadVariableOp":
+                return consumer.outputs[0]
+        raise GraphError(f"variable {name} has no read operation in the graph: use it before the session is captured")
+
+    def read(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        """Values of the named variables; raises GraphError for one that does not exist or is not initialized."""
+        for name in names:
+            if name not in self._by_name:
+                known = ", ".join(sorted(self._by_name)[:20]) or "none"
+                raise GraphError(
+                    f"param_list names {name}, which is no variable of the session's graph; it has {known}"
+                )
+            if names.count(name) > 1:
+                raise GraphError(f"param_list names {name} twice")
+        values = {}
+        for name in names:
+            try:
+                values[name] = np.array(self._session.run(self.read_tensor(name)))
+            except tf.errors.FailedPreconditionError as error:
+                raise GraphError(f"variable {name} is not initialized: run its initializer before training") from error
+        return values
+
+    def read_initialized(self, without: Container[str]) -> dict[str, NDArray[Any]]:
+        """Values of all other variables that have one and can be given it again."""
+        values = {}
+        for name in self._by_name:
+            if name in without:
+                continue
+            try:
+                value = np.array(self._session.run(self.read_tensor(name)))
+                initial = self._initializer(name).inputs[1]
+            except (tf.errors.FailedPreconditionError, GraphError):
+                logger.debug("variable %s is uninitialized or unused: not shipped", name)
+                continue
+            if initial.shape.is_compatible_with(value.shape):
+                values[name] = value
+            else:
+                logger.warning("variable %s has outgrown its initial shape: workers start without a value", name)
+        return values
+
+    def load(self, values: Mapping[str, NDArray[Any]]) -> None:
+        """Assigns by feeding the variables' own initializers, with copies: see `GraphTrainer._make_load`."""
+        left = {name: self._initializer(name) for name in values}
+        while left:
+            # Variables made from one tensor share what their initializers assign: fed once, it would set them all.
+            now = {op.inputs[1].name: name for name, op in left.items()}
+            feed = {tensor: np.array(values[name]) for tensor, name in now.items()}
+            self._session.run([left.pop(name) for name in now.values()], feed)
+
+    def _initializer(self, name: str) -> tf.Operation:
+        for consumer in self._by_name[name].outputs[0].consumers():
+            if consumer.type in ("Assign", "AssignVariableOp") and consumer.inputs[0] is self._by_name[name].outputs[0]:
+                return consumer
+        raise GraphError(f"variable {name} has no initializer in the graph, so it cannot be given a value")
+
+
+def assign_op(variable: tf.Operation, value: tf.Tensor) -> tf.Operation:
+    """A new operation that assigns `value` to the variable that `variable` (an op of one of three kinds) holds."""
+    target = variable.outputs[0]
+    if variable.type == "VarHandleOp":
+        return tf.raw_ops.AssignVariableOp(resource=target, value=value)
+    return tf.raw_ops.Assign(ref=target, value=value, use_locking=False).op
+
+
+def variable_name(graph: tf.Graph, param: Any) -> str:
+    """The tensor name of a variable or of its name, checked to be of `graph`."""
+    name = param if isinstance(param, str) else getattr(param, "name", None)
+    if not isinstance(name, str):
+        raise GraphError(f"param_list holds {param!r}; expected a variable such as tf.Variable makes, or its name")
+    if getattr(param, "graph", graph) is not graph:
+        raise GraphError(f"variable {name} belongs to another graph than the session's")
+    return name if ":" in name else f"{name}:0"
