@@ -5,6 +5,7 @@
     TensorsparkError
     ├── ConfigError               (also ValueError)  a setting or argument that cannot work
     ├── FeedError                 (also ValueError)  rows or feed names that do not fit the graph
+    ├── FeedLostError             (also RuntimeError)  Spark stopped sending rows: it repeats the task
     ├── GraphError                (also ValueError)  a variable, tensor or graph that cannot be trained
     ├── StagingError              (also OSError)     a staging or temporary directory that cannot be used
     ├── SessionClosedError        (also RuntimeError)  a session used after ``close()``
@@ -50,6 +51,10 @@ class ConfigError(TensorsparkError, ValueError):
 
 class FeedError(TensorsparkError, ValueError):
     """Rows or feed names that do not fit the graph."""
+
+
+class FeedLostError(TensorsparkError, RuntimeError):
+    """Spark stopped sending a partition's rows before their end: the task fails, and Spark repeats it."""
 
 
 class GraphError(TensorsparkError, ValueError):

@@ -15,6 +15,7 @@ from pyspark import RDD, TaskContext
 
 from tensorspark import config as configuration
 from tensorspark.driver.arguments import RunPlan, as_spark_context, as_tensorflow_session, check_feed, make_plan
+from tensorspark.driver.feeding import require_whole_partitions
 from tensorspark.driver.jobs import SparkJob, num_slots, summary
 from tensorspark.driver.preflight import check_executors
 from tensorspark.driver.progress import ProgressLine
@@ -250,6 +251,7 @@ class SparkSession:
 
     def _run_job(self, feed_rdd: RDD[Any], job: WorkerJob, server: ParameterServer, run: int, progress: bool) -> None:
         tasks = feed_rdd.mapPartitionsWithIndex(_task(job))
+        require_whole_partitions(tasks)
         line = ProgressLine(self._name, progress)
         group = f"tensorspark-{self._run_id}-{run}"
         description = f"tensorspark {self._name}: run {run}, {job.num_epochs} epoch(s)"

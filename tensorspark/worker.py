@@ -17,7 +17,7 @@ import numpy as np
 
 from tensorspark.data.batches import Batch, PartitionFeed
 from tensorspark.data.spill import EpochCache
-from tensorspark.errors import RunStoppedError
+from tensorspark.errors import FeedLostError, RunStoppedError
 from tensorspark.ps.client import Granted, ParameterClient, ServerAddress
 from tensorspark.ps.state import Cursor, Push, Registration
 from tensorspark.trainers.base import Trainer, TrainerSpec, obtain
@@ -68,9 +68,9 @@ def run_partition(job: WorkerJob, partition: int, attempt: int, rows: Iterable[A
             granted = client.register(registration)
             if not granted.finished:
                 _train(job, partition, rows, client, granted)
-        except RunStoppedError:
+        except (RunStoppedError, FeedLostError):  # nothing to report: for the latter Spark tries again
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # code that makes the rows may call sys.exit
             client.report(f"{type(error).__name__}: {error}", traceback.format_exc())
             raise
     for _ in rows:

@@ -378,6 +378,33 @@ def test_a_worker_that_is_killed_is_succeeded_at_its_cursor(
     assert history.num_samples == 80
 
 
+def cut_short(tmp_path: Path, rows: int) -> Callable[[int, Any], Iterator[Any]]:
+    """An upstream step whose Python worker is killed, once, halfway through its second partition."""
+    killed = tmp_path / "killed"
+
+    def upstream(index: int, partition: Any) -> Iterator[Any]:
+        for number, row in enumerate(partition):
+            if index == 1 and number == rows // 2 and not killed.exists():
+                killed.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield row
+
+    return upstream
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_feed_that_breaks_off_upstream_is_trained_whole_by_the_retry(
+    sc: SparkContext, model: Regression, tmp_path: Path, shuffle: bool
+) -> None:
+    # Behind a coalesce, the upstream step runs in a Python worker of its own: its death ends our rows early.
+    upstream = cut_short(tmp_path, 1500)
+    feed = sc.parallelize(rows_of(6000), 4).mapPartitionsWithIndex(upstream).coalesce(2)
+    with SparkSession(sc, model.session, sync_interval=2, batch_size=10) as session:
+        history = run(session, model, feed, num_epochs=2, shuffle_within_partition=shuffle)
+    assert (tmp_path / "killed").exists()
+    assert [worker.num_samples for worker in history.workers] == [2 * len(rows) for rows in feed.glom().collect()]
+
+
 def test_an_interrupt_ends_job_and_server_and_leaves_a_session_that_runs_again(
     sc: SparkContext, model: Regression
 ) -> None:
@@ -536,8 +563,30 @@ def test_what_lives_in_the_drivers_process_is_refused_by_name(sc: SparkContext) 
         doubled = tf.py_func(lambda value: 2 * value, [x], tf.float32, name="double")
         train = tf.assign_add(v, tf.reduce_sum(doubled))
         tf_session.run(tf.global_variables_initializer())
-        with SparkSession(sc, tf_session) as session, pytest.raises(GraphError, match=r"double.* \(PyFunc"):
-            session.run(train, sc.parallelize([1.0], 1), ["x:0"], [v])
+        queue = tf.FIFOQueue(4, tf.float32).dequeue(name="next")
+        table = tf.lookup.experimental.MutableHashTable(tf.string, tf.float32, 0.0).lookup(tf.constant(["a"]))
+        for fetch, expected in ((train, r"double.* \(PyFunc"), (queue, r"next \(QueueDequeue"), (table, "Mutable")):
+            with SparkSession(sc, tf_session) as session, pytest.raises(GraphError, match=expected):
+                session.run(fetch, sc.parallelize([1.0], 1), ["x:0"], [v])
+
+
+def test_a_feed_that_exits_fails_the_run(sc: SparkContext, model: Regression) -> None:
+    def leave(row: Any) -> Any:
+        raise SystemExit("bad \udcff name")
+
+    with SparkSession(sc, model.session) as session, pytest.raises(WorkerFailedError, match="SystemExit: bad"):
+        run(session, model, sc.parallelize(rows_of(4), 1).map(leave))
+
+
+def test_a_server_that_is_stopped_while_it_trains_says_so(sc: SparkContext, model: Regression) -> None:
+    def slow(row: Any) -> Any:
+        time.sleep(0.5)
+        return row
+
+    with SparkSession(sc, model.session) as session:
+        threading.Timer(2, session.stop_param_server).start()
+        with pytest.raises(SessionClosedError, match="stop_param_server"):
+            run(session, model, sc.parallelize(rows_of(100), 1).map(slow))
 
 
 def test_a_closed_tensorflow_session_says_so(sc: SparkContext) -> None:

@@ -250,4 +250,4 @@ def connect(address: ServerAddress) -> socket.socket:
 
 
 def _tail(text: str, num_bytes: int = _MAX_TRACEBACK_BYTES) -> str:
-    return text.encode()[-num_bytes:].decode(errors="ignore")
+    return text.encode(errors="backslashreplace")[-num_bytes:].decode(errors="ignore")

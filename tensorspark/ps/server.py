@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import tornado.httpserver
 import tornado.web
 
-from tensorspark.errors import ConfigError, TensorsparkError
+from tensorspark.errors import ConfigError, SessionClosedError, TensorsparkError
 from tensorspark.history import Point, WorkerReport
 from tensorspark.ps import protocol
 from tensorspark.ps.connection import Connection
@@ -175,7 +175,7 @@ class ParameterServer:
     def _call(self, function: Callable[[], _T]) -> _T:
         """Runs `function` on the loop and returns its result."""
         if self._closed:
-            raise RuntimeError("the parameter server is closed")
+            raise SessionClosedError("the parameter server is closed: stop_param_server() or close() ended it")
         future: concurrent.futures.Future[_T] = concurrent.futures.Future()
 
         def call() -> None:

@@ -29,7 +29,8 @@ with quiet():
 
 logger = logging.getLogger(__name__)
 
-_HOMEBOUND_OPS = {"PyFunc", "PyFuncStateless", "EagerPyFunc", "IteratorGetNext", "IteratorV2", "OneShotIterator"}
+# Prefixes of operations whose state or code stays in the driver's process.
+_HOMEBOUND_OPS = ("PyFunc", "EagerPyFunc", "Iterator", "OneShotIterator", "QueueDequeue", "ReaderRead", "Mutable")
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def capture(
     Raises:
         FeedError: a feed name that is not in the graph, stands twice, or cannot take a batch of any size.
         GraphError: a fetch or variable that is not in the graph, is uninitialized or not a number; a fetch that needs
-            what cannot travel (Python functions, dataset iterators); weights that are not finite.
+            what cannot travel (Python functions, dataset iterators, queues, mutable tables); weights that are not
+            finite.
     """
     graph = session.graph
     variables = GraphVariables(graph, session)
@@ -126,14 +128,15 @@ def capture(
     columns = _without_repeats([_column(graph, name) for name in feed_names])
     fed = {column.name for column in columns}
     scalars, targets = _split_fetches(graph, fetches, fed)
-    _check_that_it_travels(graph, [*[name for _, name in scalars], *targets])
+    constant_feeds = dict(_constant(graph, key, value, fed) for key, value in (constants or {}).items())
+    _check_that_it_travels(graph, [*[name for _, name in scalars], *targets], fed | set(constant_feeds))
     spec = GraphSpec(
         layout=layout,
         columns=columns,
         table_initializers=tuple(op.name for op in graph.get_collection(tf.GraphKeys.TABLE_INITIALIZERS)),
         fetches=scalars,
         targets=targets,
-        constants=dict(_constant(graph, key, value, fed) for key, value in (constants or {}).items()),
+        constants=constant_feeds,
         config=_worker_config(config, num_threads).SerializeToString(deterministic=True),
         options=None if options is None else options.SerializeToString(deterministic=True),
         content_hash=hashlib.sha256(content).hexdigest(),
@@ -220,9 +223,12 @@ def _without_value(element: tf.Operation | tf.Tensor) -> tf.Operation:
 
 def _layout(weights: Mapping[str, NDArray[Any]]) -> WeightLayout:
     try:
-        return WeightLayout(TensorSpec(name, value.shape, value.dtype.name) for name, value in weights.items())
+        layout = WeightLayout(TensorSpec(name, value.shape, value.dtype.name) for name, value in weights.items())
     except ValueError as error:
         raise GraphError(f"param_list cannot be synchronized: {error}") from error
+    if not layout.num_bytes:
+        raise GraphError(f"param_list cannot be synchronized: {', '.join(weights)} hold no number at all")
+    return layout
 
 
 def _tensor(graph: tf.Graph, key: Any) -> tf.Tensor:
@@ -288,18 +294,18 @@ def _split_fetches(graph: tf.Graph, fetches: Any, fed: set[str]) -> tuple[tuple[
     return tuple(scalars.items()), tuple(targets)
 
 
-def _check_that_it_travels(graph: tf.Graph, fetches: Sequence[str]) -> None:
+def _check_that_it_travels(graph: tf.Graph, fetches: Sequence[str], fed: set[str]) -> None:
     """Raises GraphError where a fetch depends on an operation that lives in the driver's process."""
     waiting = [_without_value(graph.as_graph_element(name)) for name in fetches]
     seen = set(waiting)
     while waiting:
         op = waiting.pop()
-        if op.type in _HOMEBOUND_OPS:
+        if op.type.startswith(_HOMEBOUND_OPS):
             raise GraphError(
-                f"operation {op.name} ({op.type}) lives in the driver's process and cannot be rebuilt on executors: "
-                f"feed what it makes through feed_rdd, or compute it with TensorFlow operations"
+                f"operation {op.name} ({op.type}) has code or contents in the driver's process that cannot be rebuilt "
+                f"on executors: feed what it makes through feed_rdd, or compute it with TensorFlow operations"
             )
-        before = {tensor.op for tensor in op.inputs}.union(op.control_inputs) - seen
+        before = {tensor.op for tensor in op.inputs if tensor.name not in fed}.union(op.control_inputs) - seen
         seen |= before
         waiting += before
 

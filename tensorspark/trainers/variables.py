@@ -31,10 +31,10 @@ class GraphVariables:
         op = self._by_name[name]
         if op.type != "VarHandleOp":
             return op.outputs[0]
-        for consumer in op.outputs[0].consumers():
-            if consumer.type == "ReadVariableOp":
-                return consumer.outputs[0]
-        raise GraphError(f"variable {name} has no read operation in the graph: use it before the session is captured")
+        reads = self._consumers(name, "ReadVariableOp")
+        if not reads:
+            raise GraphError(f"variable {name} has no read operation of its own in the graph: call its read_value()")
+        return reads[0].outputs[0]
 
     def read(self, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Values of the named variables; raises GraphError for one that does not exist or is not initialized."""
@@ -82,10 +82,23 @@ class GraphVariables:
             self._session.run([left.pop(name) for name in now.values()], feed)
 
     def _initializer(self, name: str) -> tf.Operation:
-        for consumer in self._by_name[name].outputs[0].consumers():
-            if consumer.type in ("Assign", "AssignVariableOp") and consumer.inputs[0] is self._by_name[name].outputs[0]:
-                return consumer
-        raise GraphError(f"variable {name} has no initializer in the graph, so it cannot be given a value")
+        assigns = self._consumers(name, "Assign", "AssignVariableOp")
+        if not assigns:
+            raise GraphError(f"variable {name} has no initializer in the graph, so it cannot be given a value")
+        return assigns[0]
+
+    def _consumers(self, name: str, *types: str) -> list[tf.Operation]:
+        """Operations that take the variable and run nothing else first (a training step, say): its own come first.
+
+        TensorFlow lists consumers in no order, and every `assign_add` that is read leaves a read that repeats it.
+        """
+        op = self._by_name[name]
+        found = [
+            consumer
+            for consumer in op.outputs[0].consumers()
+            if consumer.type in types and consumer.inputs[0] is op.outputs[0] and not consumer.control_inputs
+        ]
+        return sorted(found, key=lambda consumer: not consumer.name.startswith(f"{op.name}/"))
 
 
 def assign_op(variable: tf.Operation, value: tf.Tensor) -> tf.Operation:
