@@ -49,7 +49,7 @@ class RawServer:
         command = bytearray(_COMMAND.size)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with connection:
-            while _fill(connection, memoryview(command)):
+            while _await_command(connection, command):
                 kind, count = _COMMAND.unpack(command)
                 for _ in range(count):
                     if kind != _SEND:
@@ -103,6 +103,15 @@ class RawClient:
     def _receive(self, view: memoryview) -> None:
         if not _fill(self._socket, view):
             raise ConnectionError("the raw server closed the connection")
+
+
+def _await_command(connection: socket.socket, command: bytearray) -> bool:
+    """Waits, however long it takes, for the next command; returns False where the client has gone."""
+    connection.settimeout(None)
+    try:
+        return _fill(connection, memoryview(command))
+    finally:
+        connection.settimeout(DEADLINE_S)  # not only a deadline: a blocking send of 100 MB at once is a third slower
 
 
 def _warm_buffer(num_bytes: int) -> memoryview:

@@ -1,177 +1,160 @@
-"""Training through the parameter server, against the same loops without one.
+"""How fast training is: the original's MNIST program on two Spark workers, against two processes with no server.
 
-``python -m benchmarks.train [--json FILE] [--quick]`` trains the original program's softmax regression (784 to 10,
-batch 100, SGD 0.5, shuffled) with two Spark workers, and in turn with two independent processes that run the same
-TensorFlow 1 loop from memory. Figures are samples/s of both workers together, from the second epoch on, medians of
-the rounds.
+Both train softmax regression (784 to 10, SGD 0.5, batches of 100, shuffled anew in every epoch) on halves of the same
+rows, with one TensorFlow thread a worker. Figures are samples/s of both workers together, from the second epoch on.
+Each round runs everything, one after the other; figures are medians over the rounds, ratios the medians of the rounds'
+ratios.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import statistics
 import sys
-import time
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
-import numpy as np
+from pyspark import RDD, SparkConf, SparkContext
 
-from benchmarks.processes import Peer
+from benchmarks import mnist_rows, softmax
+from benchmarks.mnist_rows import Images, Labels, Rows
+from benchmarks.processes import Peer, started, together
 from benchmarks.report import Report, argument_parser, median_ratio, say
-from examples import mnist_data, spark_mnist
+from benchmarks.softmax import Epochs, Program
+from tensorspark import DeltaWeightCombiner, SparkSession
 
-NUM_WORKERS = 2
-BATCH_SIZE = 100
-PACKAGES = ["tensorflow", "pyspark", "numpy", "tornado"]
-PLAIN, CALLABLE = "plain loop", "make_callable loop"
+_NUM_WORKERS = 2
+_NUM_EPOCHS = 20
+# By sync interval; short intervals are slower, and need fewer epochs to be measured.
+_NUM_EPOCHS_OF_OURS = {100: _NUM_EPOCHS, 10: 10, 1: 4}
+_TARGET = 0.90
+_NUM_ROUNDS, _NUM_QUICK_ROUNDS = 7, 2
+_TRAIN_DEADLINE_S = 300.0
 
-
-class Loop:
-    """A process that trains one half of the data on its own: the baseline."""
-
-    def __init__(self, half: int) -> None:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        import tensorflow.compat.v1 as tf
-
-        images, labels, _ = read_data()
-        self._images, self._labels = images[half::NUM_WORKERS].copy(), labels[half::NUM_WORKERS].copy()
-        threads = tf.ConfigProto(intra_op_parallelism_threads=1, inter_op_parallelism_threads=1)
-        with tf.Graph().as_default():
-            self._model: Any = spark_mnist.build()
-            self._session = tf.Session(config=threads)
-            self._session.run(tf.global_variables_initializer())
-
-    def train(self, kind: str, num_epochs: int) -> float:
-        """Samples/s from the second epoch on."""
-        step = self._step(kind)
-        num_rows = len(self._images)
-        generator = np.random.default_rng(0)
-        began = 0.0
-        for epoch in range(num_epochs):
-            if epoch == 1:
-                began = time.perf_counter()
-            order = generator.permutation(num_rows)
-            for start in range(0, num_rows, BATCH_SIZE):
-                rows = order[start : start + BATCH_SIZE]
-                step(self._images[rows], self._labels[rows])
-        return num_rows * (num_epochs - 1) / (time.perf_counter() - began)
-
-    def _step(self, kind: str) -> Any:
-        model, session = self._model, self._session
-        if kind == CALLABLE:
-            return session.make_callable(model.train_step, [model.x, model.y_])
-        return lambda images, labels: session.run(model.train_step, feed_dict={model.x: images, model.y_: labels})
-
-    def close(self) -> None:
-        self._session.close()
+Figures = dict[str, list[float]]
+"""By what was measured, one value a round."""
 
 
-def read_data() -> tuple[np.ndarray, np.ndarray, str]:
-    """Images ``[n, 784] float32``, one-hot labels, and what they are: MNIST, or random numbers of its shape."""
-    files = mnist_data.find(download=False)
-    if files.source == "MNIST":
-        images, labels, _, _ = mnist_data.load(files)
-        return images, mnist_data.one_hot(labels), "MNIST"
-    generator = np.random.default_rng(0)
-    images = generator.random((60_000, 784), np.float32)
-    return images, mnist_data.one_hot(generator.integers(0, 10, 60_000)), "60,000 random rows of MNIST's shape"
+def main() -> int:
+    arguments = argument_parser(__doc__.splitlines()[0]).parse_args()
+    num_rounds = _NUM_QUICK_ROUNDS if arguments.quick else _NUM_ROUNDS
+    rows = mnist_rows.find(_NUM_WORKERS)
+    report = Report(f"Training: softmax regression on {rows}", ["numpy", "tornado", "tensorflow", "pyspark"])
+    figures: Figures = defaultdict(list)
+    say(f"starting Spark and {_NUM_WORKERS} processes without a server; training on {rows}")
+    loops = [Peer(f"plain loop {index}", softmax.PlainLoop, rows, index) for index in range(_NUM_WORKERS)]
+    with started(loops), _spark() as spark_context, _Ours(spark_context, rows) as ours:
+        ours.warm_up()
+        together(loops, "train", 2)
+        for index in range(num_rounds):
+            say(f"round {index + 1} of {num_rounds}")
+            _measure_round(figures, ours, loops)
+        accuracy = ours.accuracy()
+    _add_rows(report, figures)
+    if accuracy is not None:
+        report.add(f"test accuracy after {_NUM_EPOCHS} epochs, sync_interval 100", accuracy, "share")
+    return report.conclude(arguments.json)
 
 
-class Training:
-    """Our side: a Spark context, its cached feed, and runs through the parameter server."""
+class _Ours:
+    """The program on Spark, one tensorspark session for each sync interval."""
 
-    def __init__(self) -> None:
-        from pyspark import SparkConf, SparkContext
+    def __init__(self, spark_context: SparkContext, rows: Rows) -> None:
+        self._program = Program()
+        self._feed: RDD[tuple[Images, Labels]] = spark_context.parallelize(range(_NUM_WORKERS), _NUM_WORKERS).flatMap(
+            rows.tuples
+        )
+        self._test = rows.test()
+        self._sessions = {
+            interval: SparkSession(
+                spark_context,
+                self._program.session,
+                name="bench",
+                sync_interval=interval,
+                batch_size=softmax.BATCH_SIZE,
+            )
+            for interval in _NUM_EPOCHS_OF_OURS
+        }
 
-        conf = SparkConf().setMaster(f"local[{NUM_WORKERS}]").setAppName("benchmarks.train")
-        conf.set("spark.ui.enabled", "false").set("spark.ui.showConsoleProgress", "false").set("spark.log.level", "OFF")
-        conf.set("spark.driver.host", "127.0.0.1").set("spark.driver.bindAddress", "127.0.0.1")
-        self._spark_context = SparkContext(conf=conf)
-        images, labels, self.source = read_data()
-        blocks = [(images[half::NUM_WORKERS].copy(), labels[half::NUM_WORKERS].copy()) for half in range(NUM_WORKERS)]
-        rows = self._spark_context.parallelize(blocks, NUM_WORKERS).flatMap(lambda block: zip(*block, strict=True))
-        self._rows = rows.cache()
-        self._rows.count()
+    def __enter__(self) -> _Ours:
+        return self
 
-    def train(self, sync_interval: int, num_epochs: int) -> float:
-        """Samples/s of all workers from the second epoch on."""
-        import tensorflow.compat.v1 as tf
+    def __exit__(self, *exc_info: object) -> None:
+        with ExitStack() as stack:
+            stack.callback(self._program.session.close)
+            for session in self._sessions.values():
+                stack.callback(session.close)
 
-        from tensorspark import DeltaWeightCombiner, SparkSession
+    def warm_up(self) -> None:
+        """Lets the executors import TensorFlow and build the graph, and every session its server."""
+        for interval in self._sessions:
+            self.train(interval, 2)
 
-        with tf.Graph().as_default(), tf.Session() as session:
-            model: Any = spark_mnist.build()
-            session.run(tf.global_variables_initializer())
-            with SparkSession(
-                self._spark_context, session, sync_interval=sync_interval, batch_size=BATCH_SIZE
-            ) as spark_session:
-                history = spark_session.run(
-                    model.train_step,
-                    feed_rdd=self._rows,
-                    feed_name_list=[model.x.name, model.y_.name],
-                    param_list=[model.W, model.b],
-                    weight_combiner=DeltaWeightCombiner(),
-                    shuffle_within_partition=True,
-                    num_epochs=num_epochs,
-                    seed=0,
-                    progress=False,
-                )
-        return float(sum(sum(w.epoch_samples[1:]) / sum(w.epoch_seconds[1:]) for w in history.workers))
+    def train(self, interval: int, num_epochs: int) -> list[Epochs]:
+        """Trains from the initial weights; returns every worker's epochs."""
+        program = self._program
+        program.reset()
+        history = self._sessions[interval].run(
+            program.train_step,
+            feed_rdd=self._feed,
+            feed_name_list=[program.x.name, program.y_.name],
+            param_list=program.params,
+            weight_combiner=DeltaWeightCombiner(),
+            shuffle_within_partition=True,
+            server_reusable=True,
+            num_epochs=num_epochs,
+            progress=False,
+        )
+        return [Epochs(worker.epoch_samples, worker.epoch_seconds) for worker in history.workers]
 
-    def close(self) -> None:
-        self._spark_context.stop()
+    def accuracy(self) -> float | None:
+        """Test accuracy of a training at the longest interval; None where there is no test set."""
+        if self._test is None:
+            return None
+        self.train(max(self._sessions), _NUM_EPOCHS)
+        return self._program.accuracy(*self._test)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measures and reports."""
-    options = argument_parser((__doc__ or "").split("\n", 1)[0]).parse_args(arguments)
-    num_rounds, num_epochs = (1, 5) if options.quick else (5, 20)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+@contextmanager
+def _spark() -> Iterator[SparkContext]:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    figures = _measure(num_rounds, num_epochs)
-    return _report(figures).conclude(options.json)
-
-
-def _measure(num_rounds: int, num_epochs: int) -> dict[str, list[float]]:
-    training = Training()
-    say(f"data: {training.source}; {num_rounds} rounds of {num_epochs} epochs")
-    figures: dict[str, list[float]] = {}
+    os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+    conf = SparkConf().setMaster(f"local[{_NUM_WORKERS}]").setAppName("tensorspark benchmark")
+    conf.set("spark.ui.enabled", "false").set("spark.ui.showConsoleProgress", "false")
+    spark_context = SparkContext(conf=conf)
+    spark_context.setLogLevel("ERROR")
     try:
-        with Peer("loop 0", Loop, 0) as first, Peer("loop 1", Loop, 1) as second:
-            for peer in (first, second):
-                peer.call("train", PLAIN, 2)
-            training.train(100, 2)  # starts the workers, which stay
-            for number in range(num_rounds):
-                say(f"round {number + 1} of {num_rounds}")
-                for interval in (100, 10, 1):
-                    figures.setdefault(f"sync_interval {interval}", []).append(training.train(interval, num_epochs))
-                    if interval == 100:
-                        for kind in (PLAIN, CALLABLE):
-                            figures.setdefault(kind, []).append(_together([first, second], kind, num_epochs))
+        yield spark_context
     finally:
-        training.close()
-    return figures
+        spark_context.stop()
 
 
-def _together(peers: list[Peer], kind: str, num_epochs: int) -> float:
-    for peer in peers:
-        peer.begin("train", kind, num_epochs)
-    return float(sum(peer.end() for peer in peers))
+def _measure_round(figures: Figures, ours: _Ours, loops: Sequence[Peer]) -> None:
+    # What has a target stands next to what it is compared with.
+    theirs = {"plain": "train", "callable": "train_callable"}
+    for interval, name in ((100, "plain"), (10, "callable"), (1, None)):
+        figures[f"ours {interval}"].append(_samples_per_s(ours.train(interval, _NUM_EPOCHS_OF_OURS[interval])))
+        if name is not None:
+            epochs = together(loops, theirs[name], _NUM_EPOCHS, deadline_s=_TRAIN_DEADLINE_S)
+            figures[name].append(_samples_per_s(epochs))
 
 
-def _report(figures: dict[str, list[float]]) -> Report:
-    report = Report("Training softmax regression with 2 workers, samples/s from the second epoch on", PACKAGES)
-    for name, values in figures.items():
-        report.add(name, statistics.median(values), "samples/s")
-    ours = figures["sync_interval 100"]
-    report.add("sync_interval 100 / plain loop", median_ratio(ours, figures[PLAIN]), "x", at_least=0.90)
-    report.add("sync_interval 100 / make_callable loop", median_ratio(ours, figures[CALLABLE]), "x")
-    for interval in (10, 1):
-        name = f"sync_interval {interval}"
-        report.add(f"{name} / plain loop", median_ratio(figures[name], figures[PLAIN]), "x")
-    return report
+def _samples_per_s(workers: Sequence[Epochs]) -> float:
+    return sum(worker.samples_per_s for worker in workers)
+
+
+def _add_rows(report: Report, figures: Figures) -> None:
+    plain, fastest = figures["plain"], figures["callable"]
+    report.add("2 processes, no server, session.run", statistics.median(plain), "samples/s")
+    report.add("2 processes, no server, make_callable", statistics.median(fastest), "samples/s")
+    for interval in _NUM_EPOCHS_OF_OURS:
+        ours = figures[f"ours {interval}"]
+        what = f"2 Spark workers, sync_interval {interval}"
+        report.add(what, statistics.median(ours), "samples/s")
+        at_least = _TARGET if interval == 100 else None
+        report.add(f"{what} / no server, session.run", median_ratio(ours, plain), "x", at_least=at_least)
+        report.add(f"{what} / no server, make_callable", median_ratio(ours, fastest), "x")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""The server's memory: snapshots that are never torn, and receive buffers that never outgrow their bound."""
+"""The server's memory: a fixed number of buffers, each a push in arrival or a version of the weights.
+
+A push is received into a free buffer and merged in place: the buffer becomes the newest snapshot, and the one that was
+newest is free again as soon as nobody reads it. So no weights are copied, and a pull in progress is never torn.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ from dataclasses import dataclass
 
 from tensorspark.weights.layout import Buffer, WeightLayout
 
-# One that is current, one being written, one that a slow puller may still be reading.
-_NUM_SNAPSHOTS = 3
+# Beside those for receiving: the current snapshot, and an older one that a slow puller may still be reading.
+_NUM_SNAPSHOTS = 2
 
 
 @dataclass(eq=False)
@@ -21,62 +25,33 @@ class Snapshot:
     num_pins: int = 0
 
 
-class SnapshotStore:
-    """Versions of the weights in a fixed number of recycled buffers. Not thread-safe: the server's loop owns it."""
-
-    def __init__(self, layout: WeightLayout) -> None:
-        self._free = [layout.allocate() for _ in range(_NUM_SNAPSHOTS - 1)]
-        self._retired: list[Snapshot] = []
-        self.current = Snapshot(0, layout.allocate())
-
-    def pin(self) -> Snapshot:
-        """The current snapshot, kept as it is until `unpin`."""
-        self.current.num_pins += 1
-        return self.current
-
-    def unpin(self, snapshot: Snapshot) -> None:
-        snapshot.num_pins -= 1
-        if snapshot.num_pins == 0 and snapshot in self._retired:
-            self._retired.remove(snapshot)
-            self._free.append(snapshot.buffer)
-
-    def take_free(self) -> Buffer | None:
-        """A buffer for the next version, or None while readers hold them all."""
-        return self._free.pop() if self._free else None
-
-    def put_back(self, buffer: Buffer) -> None:
-        """Returns a buffer of `take_free` that was not published."""
-        self._free.append(buffer)
-
-    def publish(self, buffer: Buffer) -> Snapshot:
-        """Makes `buffer`, from `take_free`, the current snapshot, one version on."""
-        retired = self.current
-        self.current = Snapshot(retired.version + 1, buffer)
-        if retired.num_pins:
-            self._retired.append(retired)
-        else:
-            self._free.append(retired.buffer)
-        return self.current
-
-
-class ReceivePool:
-    """Buffers for pushes in arrival, at most `limit_bytes` of them (and at least one).
+class BufferPool:
+    """Buffers of a layout's size, at most `limit_bytes` of them (and at least one) beside those of two snapshots.
 
     Whoever finds it empty waits, in turn: its connection is not read meanwhile, and TCP pushes back on the worker.
+    Not thread-safe: the server's loop owns it.
     """
 
     def __init__(self, layout: WeightLayout, limit_bytes: int) -> None:
         self._layout = layout
-        self._num_unallocated = max(1, limit_bytes // max(1, layout.num_bytes))
+        self._num_unallocated = max(1, limit_bytes // layout.num_bytes) + _NUM_SNAPSHOTS
         self._free: list[Buffer] = []
         self._waiters: deque[asyncio.Future[Buffer]] = deque()
 
-    async def take(self) -> Buffer:
+    def take_now(self) -> Buffer | None:
+        """A free buffer, its content undefined; None where there is none."""
         if self._free:
             return self._free.pop()
         if self._num_unallocated:
             self._num_unallocated -= 1
             return self._layout.allocate()
+        return None
+
+    async def take(self) -> Buffer:
+        """A free buffer, its content undefined, when there is one."""
+        buffer = self.take_now()
+        if buffer is not None:
+            return buffer
         waiter: asyncio.Future[Buffer] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
         try:
@@ -93,3 +68,40 @@ class ReceivePool:
                 waiter.set_result(buffer)
                 return
         self._free.append(buffer)
+
+
+class SnapshotStore:
+    """Versions of the weights: the current one, and older ones as long as they are read. The server's loop owns it.
+
+    Args:
+        weights: the first version; copied.
+    """
+
+    def __init__(self, pool: BufferPool, weights: Buffer) -> None:
+        self._pool = pool
+        self._retired: set[Snapshot] = set()
+        first = pool.take_now()
+        assert first is not None
+        first[:] = weights
+        self.current = Snapshot(0, first)
+
+    def pin(self) -> Snapshot:
+        """The current snapshot, kept as it is until `unpin`."""
+        self.current.num_pins += 1
+        return self.current
+
+    def unpin(self, snapshot: Snapshot) -> None:
+        snapshot.num_pins -= 1
+        if snapshot.num_pins == 0 and snapshot in self._retired:
+            self._retired.remove(snapshot)
+            self._pool.put_back(snapshot.buffer)
+
+    def publish(self, buffer: Buffer) -> Snapshot:
+        """Makes `buffer`, taken from the pool, the current snapshot, one version on."""
+        retired = self.current
+        self.current = Snapshot(retired.version + 1, buffer)
+        if retired.num_pins:
+            self._retired.add(retired)
+        else:
+            self._pool.put_back(retired.buffer)
+        return self.current

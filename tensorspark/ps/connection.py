@@ -12,7 +12,7 @@ from tornado.iostream import IOStream, StreamClosedError
 
 from tensorspark.errors import ProtocolError
 from tensorspark.ps import protocol
-from tensorspark.ps.buffers import ReceivePool
+from tensorspark.ps.buffers import BufferPool
 from tensorspark.ps.protocol import Kind
 from tensorspark.weights.layout import Buffer, WeightLayout
 
@@ -40,7 +40,7 @@ class Connection:
     """
 
     def __init__(
-        self, number: int, stream: IOStream, layout: WeightLayout, pool: ReceivePool, deadline_s: float
+        self, number: int, stream: IOStream, layout: WeightLayout, pool: BufferPool, deadline_s: float
     ) -> None:
         self.number = number
         self._stream = stream

@@ -14,7 +14,7 @@ from tornado.iostream import StreamClosedError
 from tensorspark.errors import CombinerError, NonFiniteError, ProtocolError, RefusedError, TensorsparkError
 from tensorspark.history import Point, WorkerReport
 from tensorspark.ps import protocol
-from tensorspark.ps.buffers import ReceivePool, SnapshotStore
+from tensorspark.ps.buffers import BufferPool, SnapshotStore
 from tensorspark.ps.connection import Connection, Frame
 from tensorspark.ps.protocol import Kind
 from tensorspark.ps.state import (
@@ -60,9 +60,8 @@ class Run:
         executor: Executor,
     ) -> None:
         self.layout = layout
-        self.pool = ReceivePool(layout, receive_buffer_bytes)
-        self.store = SnapshotStore(layout)
-        self.store.current.buffer[:] = weights
+        self.pool = BufferPool(layout, receive_buffer_bytes)
+        self.store = SnapshotStore(self.pool, weights)
         self.state = RunState(number, layout, num_partitions)
         self._combiner = combiner
         self._executor = executor
@@ -70,7 +69,6 @@ class Run:
         self._connections: dict[int, Connection] = {}
         self._merges: deque[tuple[Merge, Buffer]] = deque()
         self._merging: asyncio.Task[None] | None = None
-        self._snapshot_freed = asyncio.Event()
         self._started_at = time.monotonic()
 
     async def serve(self, connection: Connection) -> None:
@@ -162,70 +160,56 @@ class Run:
 
     def _send_snapshot(self, connection: Connection) -> None:
         snapshot = self.store.pin()
-
-        def unpin() -> None:
-            self.store.unpin(snapshot)
-            self._snapshot_freed.set()
-
-        connection.write(Kind.SNAPSHOT, {"version": snapshot.version}, snapshot.buffer, unpin)
+        header = {"version": snapshot.version}
+        connection.write(Kind.SNAPSHOT, header, snapshot.buffer, lambda: self.store.unpin(snapshot))
 
     # Merges, one after the other
 
     def _pump(self) -> None:
-        """Merges what can be merged right here, and leaves the rest to a task."""
+        """Merges right here what is quickly merged, and leaves the rest to a task."""
         if self._merging is not None:
             return
+        if not self._merges_inline:
+            self._merging = asyncio.get_running_loop().create_task(self._merge_all())
+            return
         while self._merges:
-            out = self.store.take_free() if self._merges_inline else None
-            if out is None:
-                self._merging = asyncio.get_running_loop().create_task(self._merge_all())
-                return
-            merge, payload = self._merges.popleft()
-            self._conclude(merge, payload, out, self._merge(merge, payload, out))
+            merge, buffer = self._merges.popleft()
+            self._conclude(merge, buffer, self._merge(merge, buffer))
 
     async def _merge_all(self) -> None:
         loop = asyncio.get_running_loop()
         try:
             while self._merges:
-                self._snapshot_freed.clear()
-                out = self.store.take_free()
-                if out is None:
-                    await self._snapshot_freed.wait()  # a slow puller reads or is closed within its deadline
-                    continue
-                merge, payload = self._merges.popleft()
-                error = await loop.run_in_executor(self._executor, self._merge, merge, payload, out)
-                self._conclude(merge, payload, out, error)
+                merge, buffer = self._merges.popleft()
+                error = await loop.run_in_executor(self._executor, self._merge, merge, buffer)
+                self._conclude(merge, buffer, error)
         finally:
             self._merging = None
 
-    def _merge(self, merge: Merge, payload: Buffer, out: Buffer) -> RefusedError | CombinerError | None:
+    def _merge(self, merge: Merge, buffer: Buffer) -> RefusedError | CombinerError | None:
+        """Merges a push in place, and says what is wrong with it; then `buffer` holds nothing of use."""
         if not self.state.is_next(merge):
             return RefusedError("a push before this one was refused")
-        current = self.store.current.buffer
         try:
-            finite = self._combiner.merge(self.layout, current, payload, out, merge.partition)
+            finite = self._combiner.merge(self.layout, self.store.current.buffer, buffer, merge.partition)
         except CombinerError as error:
             return error
         except Exception as error:
             return CombinerError(f"{type(self._combiner).__name__}.merge raised {type(error).__name__}: {error}")
         if finite:
             return None
-        name = self.layout.find_non_finite(payload)
-        if name is not None:
-            return NonFiniteError(
-                f"NaN or infinity in {name}, pushed by partition {merge.partition}: the push was refused and the "
-                f"server's weights are as they were; look at the learning rate, and at the loss for log(0)"
-            )
-        name = self.layout.find_non_finite(out)
-        return CombinerError(f"{type(self._combiner).__name__} made NaN or infinity in {name} from finite weights")
+        name = self.layout.find_non_finite(buffer)
+        return NonFiniteError(
+            f"NaN or infinity in {name}, pushed by partition {merge.partition}: the push was refused and the server's "
+            f"weights are as they were; look at the learning rate, and at the loss for log(0)"
+        )
 
-    def _conclude(self, merge: Merge, payload: Buffer, out: Buffer, error: RefusedError | CombinerError | None) -> None:
-        self.pool.put_back(payload)
+    def _conclude(self, merge: Merge, buffer: Buffer, error: RefusedError | CombinerError | None) -> None:
         if error is not None:
-            self.store.put_back(out)
+            self.pool.put_back(buffer)
             self._execute(self.state.not_merged(merge, error))
             return
-        self.store.publish(out)
+        self.store.publish(buffer)
         self._execute(self.state.merged(merge, time.monotonic() - self._started_at))
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tensorspark.errors import CombinerError
 from tensorspark.weights.layout import Buffer, WeightLayout
 
-_BLOCK_BYTES = 2**18  # three of them stay in a core's second-level cache
+_BLOCK_BYTES = 2**18  # stays in a core's second-level cache between the merge and the check for NaN
 
 
 class WeightCombiner:
@@ -62,36 +62,37 @@ class WeightCombiner:
         """Whether `merge` is quick arithmetic over the flat buffers, and calls nothing that a user wrote."""
         return False
 
-    def merge(self, layout: WeightLayout, current: Buffer, pushed: Buffer, out: Buffer, worker_id: int) -> bool:
-        """Writes the new weights to `out`; `current` and `pushed` stay as they are.
+    def merge(self, layout: WeightLayout, current: Buffer, pushed: Buffer, worker_id: int) -> bool:
+        """Writes the new weights over `pushed`; `current` stays as it is.
 
         Args:
-            layout: how the three buffers (``[num_bytes] uint8``) are to be read.
+            layout: how the two buffers (``[num_bytes] uint8``) are to be read.
             pushed: weights or deltas, as `pushes` says.
             worker_id: index of the worker's partition.
 
         Returns:
-            Whether every number written is finite.
+            Whether every number written is finite. If not, it may have stopped in the middle.
 
         Raises:
-            CombinerError: `compute` raised, or what it returned has another shape or no fitting dtype.
+            CombinerError: `compute` raised, or what it returned has another shape, no fitting dtype, or is not finite
+                where the push is.
         """
-        origins, updates, results = layout.views(current), layout.views(pushed), layout.views(out)
-        finite = True
-        for name, result in results.items():
-            new = self._checked(origins[name], self._new_weight(origins, updates, name), worker_id, name)
+        origins, updates = layout.views(current), layout.views(pushed)
+        for name, update in updates.items():
+            if not _is_finite(update.reshape(-1)):
+                return False
+            result = self._checked(origins[name], self._new_weight(origins[name], update), worker_id, name)
             with np.errstate(invalid="ignore", over="ignore"):
-                result[...] = new
-                finite = finite and _is_finite(result.reshape(-1))
-        return finite
+                update[...] = result
+            if not _is_finite(update.reshape(-1)):
+                raise CombinerError(f"{type(self).__name__} made NaN or infinity in {name} from finite weights")
+        return True
 
-    def _new_weight(
-        self, origins: dict[str, NDArray[Any]], updates: dict[str, NDArray[Any]], name: str
-    ) -> NDArray[Any]:
+    def _new_weight(self, origin: NDArray[Any], update: NDArray[Any]) -> NDArray[Any]:
         if self.pushes == "weights":
-            return updates[name].copy()
+            return update.copy()
         with np.errstate(invalid="ignore", over="ignore"):
-            return np.asarray(origins[name] + updates[name])
+            return np.asarray(origin + update)
 
     def _checked(self, origin: NDArray[Any], new: NDArray[Any], worker_id: int, name: str) -> NDArray[Any]:
         who = f"{type(self).__name__}.compute for {name}"
@@ -109,20 +110,20 @@ class WeightCombiner:
 class ElementwiseCombiner(WeightCombiner):
     """A rule that treats every number alike: `update` sees flat blocks of one dtype, still warm in the cache."""
 
-    def update(self, current: NDArray[Any], pushed: NDArray[Any], out: NDArray[Any]) -> None:
-        """Writes the rule's result to `out`; the three are `[block] dtype` and do not overlap."""
+    def update(self, current: NDArray[Any], pushed: NDArray[Any]) -> None:
+        """Writes the rule's result over `pushed`; both are `[block] dtype`."""
         raise NotImplementedError
 
-    def merge(self, layout: WeightLayout, current: Buffer, pushed: Buffer, out: Buffer, worker_id: int) -> bool:
+    def merge(self, layout: WeightLayout, current: Buffer, pushed: Buffer, worker_id: int) -> bool:
         if not self.is_elementwise:
-            return super().merge(layout, current, pushed, out, worker_id)
-        finite = True
+            return super().merge(layout, current, pushed, worker_id)
         with np.errstate(invalid="ignore", over="ignore"):
             for dtype, block in _blocks(layout):
-                result = out[block].view(dtype)
-                self.update(current[block].view(dtype), pushed[block].view(dtype), result)
-                finite = finite and _is_finite(result)
-        return finite
+                result = pushed[block].view(dtype)
+                self.update(current[block].view(dtype), result)
+                if not _is_finite(result):
+                    return False
+        return True
 
     @property
     def is_elementwise(self) -> bool:
@@ -166,8 +167,8 @@ class DeltaWeightCombiner(ElementwiseCombiner):
     def reset_value(self) -> None:
         self.last_weight = {}
 
-    def update(self, current: NDArray[Any], pushed: NDArray[Any], out: NDArray[Any]) -> None:
-        np.add(current, pushed, out=out)
+    def update(self, current: NDArray[Any], pushed: NDArray[Any]) -> None:
+        np.add(current, pushed, out=pushed)
 
     def _checked(self, origin: NDArray[Any], new: NDArray[Any], worker_id: int, name: str) -> NDArray[Any]:
         # A subclass that calls our compute: `new` is origin + delta, so origin is the base that gives the delta back.
@@ -197,8 +198,8 @@ class MeanWeightCombiner(ElementwiseCombiner):
         updated: NDArray[Any] = ((self._num - 1) * origin_weight + new_weight) / self._num
         return updated
 
-    def update(self, current: NDArray[Any], pushed: NDArray[Any], out: NDArray[Any]) -> None:
-        _mean(current, pushed, out, self._num)
+    def update(self, current: NDArray[Any], pushed: NDArray[Any]) -> None:
+        _mean(current, pushed, self._num)
 
 
 class UpdateMeanWeightCombiner(ElementwiseCombiner):
@@ -230,35 +231,28 @@ class UpdateMeanWeightCombiner(ElementwiseCombiner):
         self._seen = set()
         self._merged = False
 
-    def merge(self, layout: WeightLayout, current: Buffer, pushed: Buffer, out: Buffer, worker_id: int) -> bool:
-        finite = super().merge(layout, current, pushed, out, worker_id)
+    def merge(self, layout: WeightLayout, current: Buffer, pushed: Buffer, worker_id: int) -> bool:
+        finite = super().merge(layout, current, pushed, worker_id)
         self._merged = self._merged or finite  # a refused push is not the first
         return finite
 
-    def update(self, current: NDArray[Any], pushed: NDArray[Any], out: NDArray[Any]) -> None:
-        if not self._merged:
-            out[...] = pushed
-            return
-        _mean(current, pushed, out, 2)
+    def update(self, current: NDArray[Any], pushed: NDArray[Any]) -> None:
+        if self._merged:
+            _mean(current, pushed, 2)
 
 
-def _mean(current: NDArray[Any], pushed: NDArray[Any], out: NDArray[Any], num: int) -> None:
-    """Writes ((num - 1) current + pushed) / num; integers (a step counter, say) round towards zero."""
-    if out.dtype.kind in "iu":  # in their own dtype the sum could wrap
-        np.divide(current * float(num - 1) + pushed, num, out=out, casting="unsafe")
+def _mean(current: NDArray[Any], pushed: NDArray[Any], num: int) -> None:
+    """Writes ((num - 1) current + pushed) / num over `pushed`; integers (a step counter, say) round towards zero."""
+    if pushed.dtype.kind in "iu":  # in their own dtype the sum could wrap
+        np.divide(current * float(num - 1) + pushed, num, out=pushed, casting="unsafe")
         return
-    np.multiply(current, num - 1, out=out)
-    np.add(out, pushed, out=out)
-    np.divide(out, num, out=out, casting="unsafe")
+    np.add(pushed, current * current.dtype.type(num - 1), out=pushed)
+    np.divide(pushed, num, out=pushed, casting="unsafe")
 
 
 def _is_finite(block: NDArray[Any]) -> bool:
-    """Whether a flat block holds neither NaN nor infinity: one sum says so, unless it overflows."""
-    if block.dtype.kind in "iu":
-        return True
-    if block.dtype.kind in "fc" and np.isfinite(np.add.reduce(block)):
-        return True
-    return bool(np.isfinite(block).all())
+    """Whether a flat block holds neither NaN nor infinity."""
+    return block.dtype.kind in "iu" or bool(np.isfinite(block).all())
 
 
 def _blocks(layout: WeightLayout) -> Iterator[tuple[np.dtype[Any], slice]]:

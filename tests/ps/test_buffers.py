@@ -1,69 +1,87 @@
-"""Snapshots are never torn and their number is fixed; receive buffers are bounded."""
+"""Snapshots are never torn and their number is bounded; so are the buffers for pushes in arrival."""
 
 from __future__ import annotations
 
 import asyncio
 
-import numpy as np
+import pytest
 
-from tensorspark.ps.buffers import ReceivePool, SnapshotStore
+from tensorspark.ps.buffers import BufferPool, SnapshotStore
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 
 LAYOUT = WeightLayout([TensorSpec("W:0", (16,), "float32")])
 
 
-def taken(store: SnapshotStore) -> Buffer:
-    buffer = store.take_free()
-    assert buffer is not None
+@pytest.fixture
+def pool() -> BufferPool:
+    return BufferPool(LAYOUT, limit_bytes=LAYOUT.num_bytes)
+
+
+@pytest.fixture
+def store(pool: BufferPool) -> SnapshotStore:
+    return SnapshotStore(pool, filled(1))
+
+
+def filled(value: int) -> Buffer:
+    buffer = LAYOUT.allocate()
+    buffer[:] = value
     return buffer
 
 
-def test_a_pinned_snapshot_keeps_its_bytes_through_any_number_of_versions() -> None:
-    store = SnapshotStore(LAYOUT)
-    store.current.buffer[:] = 1
+def publish(pool: BufferPool, store: SnapshotStore, value: int) -> None:
+    buffer = pool.take_now()
+    assert buffer is not None
+    buffer[:] = value
+    store.publish(buffer)
+
+
+def test_a_pinned_snapshot_keeps_its_bytes_through_any_number_of_versions(
+    pool: BufferPool, store: SnapshotStore
+) -> None:
     pinned = store.pin()
     for value in range(2, 20):
-        buffer = taken(store)
-        buffer[:] = value
-        store.publish(buffer)
+        publish(pool, store, value)
     assert (pinned.version, set(pinned.buffer.tolist())) == (0, {1})
     assert (store.current.version, set(store.current.buffer.tolist())) == (18, {19})
 
 
-def test_there_is_no_free_buffer_while_readers_hold_two_old_versions() -> None:
-    store = SnapshotStore(LAYOUT)
+def test_there_is_no_buffer_to_receive_into_while_readers_hold_two_old_versions(
+    pool: BufferPool, store: SnapshotStore
+) -> None:
     first = store.pin()
-    store.publish(taken(store))
+    publish(pool, store, 2)
     store.pin()
-    store.publish(taken(store))
-    assert store.take_free() is None
+    publish(pool, store, 3)
+    assert pool.take_now() is None
     store.unpin(first)
-    assert store.take_free() is first.buffer
+    assert pool.take_now() is first.buffer
 
 
-def test_a_snapshot_pinned_twice_is_recycled_after_both_readers_are_done() -> None:
-    store = SnapshotStore(LAYOUT)
+def test_a_snapshot_pinned_twice_is_recycled_after_both_readers_are_done(
+    pool: BufferPool, store: SnapshotStore
+) -> None:
     pinned = store.pin()
     assert store.pin() is pinned
-    store.publish(taken(store))
+    publish(pool, store, 2)
     store.unpin(pinned)
-    assert pinned.buffer is not taken(store)
+    held = pool.take_now()
+    assert held is not None
+    assert held is not pinned.buffer
     store.unpin(pinned)
-    assert store.take_free() is pinned.buffer
+    assert pool.take_now() is pinned.buffer
 
 
-def test_a_buffer_that_was_not_published_can_be_taken_again() -> None:
-    store = SnapshotStore(LAYOUT)
-    buffer = taken(store)
-    store.put_back(buffer)
-    assert store.take_free() is buffer
-    assert store.current.version == 0
+def test_the_first_snapshot_is_a_copy(pool: BufferPool) -> None:
+    weights = filled(7)
+    store = SnapshotStore(pool, weights)
+    weights[:] = 0
+    assert set(store.current.buffer.tolist()) == {7}
 
 
 def test_the_pool_hands_out_no_more_than_its_bytes_and_serves_waiters_in_turn() -> None:
     async def scenario() -> None:
-        pool = ReceivePool(LAYOUT, limit_bytes=2 * LAYOUT.num_bytes + 1)
-        held = [await pool.take(), await pool.take()]
+        pool = BufferPool(LAYOUT, limit_bytes=2 * LAYOUT.num_bytes + 1)
+        held = [await pool.take() for _ in range(2 + 2)]
         waiting = [asyncio.ensure_future(pool.take()) for _ in range(2)]
         await asyncio.sleep(0)
         assert not any(task.done() for task in waiting)
@@ -76,18 +94,15 @@ def test_the_pool_hands_out_no_more_than_its_bytes_and_serves_waiters_in_turn() 
     asyncio.run(scenario())
 
 
-def test_a_pool_smaller_than_one_push_still_takes_one() -> None:
-    async def scenario() -> None:
-        pool = ReceivePool(LAYOUT, limit_bytes=0)
-        assert (await pool.take()).nbytes == LAYOUT.num_bytes
-
-    asyncio.run(scenario())
+def test_a_pool_smaller_than_one_push_still_takes_one_beside_two_snapshots() -> None:
+    pool = BufferPool(LAYOUT, limit_bytes=0)
+    assert [pool.take_now() is None for _ in range(4)] == [False, False, False, True]
 
 
 def test_a_waiter_that_gives_up_loses_no_buffer() -> None:
     async def scenario() -> None:
-        pool = ReceivePool(LAYOUT, limit_bytes=0)
-        buffer = await pool.take()
+        pool = BufferPool(LAYOUT, limit_bytes=0)
+        buffer, _, _ = [await pool.take() for _ in range(3)]
         before, at_once = asyncio.ensure_future(pool.take()), asyncio.ensure_future(pool.take())
         await asyncio.sleep(0)
         before.cancel()
@@ -100,9 +115,7 @@ def test_a_waiter_that_gives_up_loses_no_buffer() -> None:
     asyncio.run(scenario())
 
 
-def test_pooled_buffers_are_aligned() -> None:
-    async def scenario() -> None:
-        assert (await ReceivePool(LAYOUT, 0).take()).ctypes.data % 64 == 0
-
-    asyncio.run(scenario())
-    assert np.all(SnapshotStore(LAYOUT).current.buffer == 0)
+def test_buffers_are_aligned(pool: BufferPool) -> None:
+    buffer = pool.take_now()
+    assert buffer is not None
+    assert buffer.ctypes.data % 64 == 0

@@ -398,13 +398,15 @@ def test_a_truncated_push_leaves_no_trace_and_gives_its_buffer_back(start: Start
 
 def test_a_push_that_stalls_is_cut_off_at_its_deadline(start: Start) -> None:
     cluster = start(LARGE, receive_buffer_bytes=0, io_timeout_s=0.3)
-    stalled, other = cluster.worker(0), cluster.worker(1)
-    stalled._socket.sendall(protocol.encode(Kind.PUSH, {"sequence": 1}, LARGE.num_bytes) + bytes(1000))
-    other.push(filled(LARGE, 1), push_of(1))  # waits for the only buffer
+    stalled, other = [cluster.worker(partition) for partition in (0, 1)], cluster.worker(2)
+    for worker in stalled:  # each takes one of the two buffers that are free beside the current snapshot's
+        worker._socket.sendall(protocol.encode(Kind.PUSH, {"sequence": 1}, LARGE.num_bytes) + bytes(1000))
+    other.push(filled(LARGE, 1), push_of(1))
     other.flush()
     assert cluster.weights() == {3}
-    with pytest.raises(ConnectionLostError):
-        stalled._receive(Kind.ACCEPTED)
+    for worker in stalled:
+        with pytest.raises(ConnectionLostError):
+            worker._receive(Kind.ACCEPTED)
 
 
 def test_a_puller_that_does_not_read_holds_nobody_up_beyond_its_deadline(start: Start) -> None:
