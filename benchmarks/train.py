@@ -30,7 +30,7 @@ _NUM_EPOCHS = 20
 _NUM_EPOCHS_OF_OURS = {100: _NUM_EPOCHS, 10: 10, 1: 4}
 _TARGET = 0.90
 _NUM_ROUNDS, _NUM_QUICK_ROUNDS = 7, 2
-_TRAIN_DEADLINE_S = 300.0
+_DEADLINE_S = 300.0
 
 Figures = dict[str, list[float]]
 """By what was measured, one value a round."""
@@ -43,10 +43,13 @@ def main() -> int:
     report = Report(f"Training: softmax regression on {rows}", ["numpy", "tornado", "tensorflow", "pyspark"])
     figures: Figures = defaultdict(list)
     say(f"starting Spark and {_NUM_WORKERS} processes without a server; training on {rows}")
-    loops = [Peer(f"plain loop {index}", softmax.PlainLoop, rows, index) for index in range(_NUM_WORKERS)]
+    loops = [
+        Peer(f"plain loop {index}", softmax.PlainLoop, rows, index, deadline_s=_DEADLINE_S)
+        for index in range(_NUM_WORKERS)
+    ]
     with started(loops), _spark() as spark_context, _Ours(spark_context, rows) as ours:
         ours.warm_up()
-        together(loops, "train", 2)
+        together(loops, "train", 2, deadline_s=_DEADLINE_S)
         for index in range(num_rounds):
             say(f"round {index + 1} of {num_rounds}")
             _measure_round(figures, ours, loops)
@@ -121,9 +124,8 @@ def _spark() -> Iterator[SparkContext]:
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
     conf = SparkConf().setMaster(f"local[{_NUM_WORKERS}]").setAppName("tensorspark benchmark")
-    conf.set("spark.ui.enabled", "false").set("spark.ui.showConsoleProgress", "false")
+    conf.set("spark.log.level", "ERROR").set("spark.ui.enabled", "false").set("spark.ui.showConsoleProgress", "false")
     spark_context = SparkContext(conf=conf)
-    spark_context.setLogLevel("ERROR")
     try:
         yield spark_context
     finally:
@@ -136,7 +138,7 @@ def _measure_round(figures: Figures, ours: _Ours, loops: Sequence[Peer]) -> None
     for interval, name in ((100, "plain"), (10, "callable"), (1, None)):
         figures[f"ours {interval}"].append(_samples_per_s(ours.train(interval, _NUM_EPOCHS_OF_OURS[interval])))
         if name is not None:
-            epochs = together(loops, theirs[name], _NUM_EPOCHS, deadline_s=_TRAIN_DEADLINE_S)
+            epochs = together(loops, theirs[name], _NUM_EPOCHS, deadline_s=_DEADLINE_S)
             figures[name].append(_samples_per_s(epochs))
 
 

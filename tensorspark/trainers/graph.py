@@ -26,6 +26,7 @@ from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 
 with quiet():
     import tensorflow.compat.v1 as tf
+    from tensorflow.core.protobuf import config_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,7 @@ class GraphTrainer(Trainer):
             self._session = tf.Session(graph=graph, config=config)
             self._variables = GraphVariables(graph, self._session)
             self._load, self._load_order = self._make_load(graph)
-            self._read = self._session.make_callable([self._variables.read_tensor(s.name) for s in self.layout.specs])
+            self._read = self._callable(fetches=[self._variables.read_tensor(s.name).name for s in self.layout.specs])
             self._step = self._make_step(graph, spec)
             # Not all operations that fill tables: a Saver's read a checkpoint.
             self._session.run([graph.get_operation_by_name(name) for name in spec.table_initializers])
@@ -200,21 +201,36 @@ class GraphTrainer(Trainer):
             variable = graph.get_operation_by_name(spec.name.removesuffix(":0"))
             placeholders.append(placeholder)
             assigns.append(assign_op(variable, value))
-        load = self._session.make_callable(tf.group(*assigns), feed_list=placeholders)
+        load = self._callable(feeds=[p.name for p in placeholders], targets=[tf.group(*assigns).name])
         return load, [spec.name for spec in self.layout.specs]
 
     def _make_step(self, graph: tf.Graph, spec: GraphSpec) -> Any:
-        scalars = [graph.get_tensor_by_name(name) for _, name in spec.fetches]
-        targets = [_without_value(graph.as_graph_element(name)) for name in spec.targets]
-        feeds = [graph.get_tensor_by_name(name) for name in (*[c.name for c in spec.columns], *spec.constants)]
+        targets = [_without_value(graph.as_graph_element(name)).name for name in spec.targets]
+        feeds = [*[column.name for column in spec.columns], *spec.constants]
         constants = list(spec.constants.values())
-        run = self._session.make_callable([*scalars, *targets], feeds, accept_options=spec.options is not None)
-        if spec.options is not None:
-            options = tf.RunOptions.FromString(spec.options)
-            return lambda *columns: run(*columns, *constants, options=options)
+        # A callable does not give back what it is fed: a constant among the fetches needs a copy of its own.
+        fetches = [
+            tf.identity(graph.get_tensor_by_name(name)).name if name in spec.constants else name
+            for _, name in spec.fetches
+        ]
+        run = self._callable(feeds, fetches, targets, spec.options)
         if constants:
             return lambda *columns: run(*columns, *constants)
         return run
+
+    def _callable(
+        self,
+        feeds: Sequence[str] = (),
+        fetches: Sequence[str] = (),
+        targets: Sequence[str] = (),
+        options: bytes | None = None,
+    ) -> Any:
+        """What `Session.make_callable` is only where nothing is fed; with feeds that wraps `Session.run`, which takes
+        longer than a small step. Arguments must be arrays of the feeds' own dtypes."""
+        described = config_pb2.CallableOptions(feed=feeds, fetch=fetches, target=targets)
+        if options is not None:
+            described.run_options.ParseFromString(options)
+        return self._session._make_callable_from_options(described)
 
 
 def _without_value(element: tf.Operation | tf.Tensor) -> tf.Operation:
