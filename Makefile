@@ -10,6 +10,8 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 # Spark's Python workers run in the same environment as the driver.
 export PYSPARK_PYTHON := $(CURDIR)/$(VENV)/bin/python
 export PYSPARK_DRIVER_PYTHON := $(PYSPARK_PYTHON)
+# No start-up chatter of TensorFlow between the lines of progress.
+export TF_CPP_MIN_LOG_LEVEL ?= 3
 # A Spark installed elsewhere on this machine must not take the place of the pinned one.
 unexport SPARK_HOME PYTHONPATH
 
