@@ -234,7 +234,8 @@ def test_training_reads_from_hdfs_stages_there_as_the_user_and_leaves_nothing(
         "    seen.extend(filesystem.ls('/user-me', detail=False))\n"
         "    remove(self)\n"
         "mnist.SparkSession.close = close\n"
-        f"mnist.train(sc, user='me', server_port=0, num_partition=2, num_epoch=2, data_dir={hdfs.url!r} + '/mnist')\n"
+        f"mnist.train(sc, user='me', server_port=0, num_partition=2, num_epoch=2, sync_interval=2, "
+        f"data_dir={hdfs.url!r} + '/mnist')\n"
         "print('staged while open:', len(seen), 'after close:', filesystem.ls('/user-me', detail=False))\n"
     )
     settings = ["--conf", f"spark.hdfs.dir={hdfs.url}/user-me", "--master", "local-cluster[2,1,1024]"]
