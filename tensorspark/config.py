@@ -6,6 +6,7 @@ default. The table in the README and ``conf/spark-defaults.conf`` list the same 
 
 from __future__ import annotations
 
+import enum
 import re
 import sys
 import tempfile
@@ -43,6 +44,39 @@ def parse_size_bytes(text: str) -> int:
     return int(match[1]) * _SIZE_UNITS_BYTES[match[2]]
 
 
+def parse_staleness(text: str) -> int | None:
+    """Reads ``async`` (None) or a number of rounds.
+
+    >>> parse_staleness("async"), parse_staleness("0")
+    (None, 0)
+    """
+    if text.strip().lower() == "async":
+        return None
+    if not re.fullmatch(r"\s*\d+\s*", text):
+        raise ValueError(f"expected async or a number of rounds (0 is bulk-synchronous), got {text!r}")
+    return int(text)
+
+
+def parse_bool(text: str) -> bool:
+    """Reads ``true`` or ``false``, as Spark writes them."""
+    value = {"true": True, "false": False}.get(text.strip().lower())
+    if value is None:
+        raise ValueError(f"expected true or false, got {text!r}")
+    return value
+
+
+class NotSet(enum.Enum):
+    """Stands for an argument that was not given, where None is a value."""
+
+    NOT_SET = enum.auto()
+
+    def __repr__(self) -> str:
+        return "NOT_SET"
+
+
+NOT_SET = NotSet.NOT_SET
+
+
 @dataclass(frozen=True)
 class Setting:
     """One row of `SETTINGS`: `parse` reads the key's text, `what` describes it for people."""
@@ -65,6 +99,24 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("sync_interval", "spark.tensorspark.sync.interval", int, 100, "Local steps between two synchronizations "
             "of a worker."),
     Setting("batch_size", "spark.tensorspark.batch.size", int, 100, "Rows of a training step."),
+    Setting("staleness", "spark.tensorspark.staleness", parse_staleness, None, "Rounds that the fastest worker may "
+            "lead the slowest: `0` is bulk-synchronous, more is stale-synchronous, `async` waits for nobody."),
+    Setting("start_timeout_s", "spark.tensorspark.start.timeout", parse_time_s, 60.0, "How long the first round waits "
+            "for workers after the first one came; then it goes on with those that came."),
+    Setting("recovery_timeout_s", "spark.tensorspark.recovery.timeout", parse_time_s, 120.0, "How long the others "
+            "wait for the successor of a worker that died; then they go on without it until it comes."),
+    Setting("lease_timeout_s", "spark.tensorspark.lease.timeout", parse_time_s, 60.0, "A worker that is silent for so "
+            "long loses its partition to another attempt."),
+    Setting("reconnect_timeout_s", "spark.tensorspark.reconnect.timeout", parse_time_s, 60.0, "How long a worker tries "
+            "to reach a server again that it has lost; then its task fails."),
+    Setting("checkpoint_interval_s", "spark.tensorspark.checkpoint.interval", parse_time_s, 60.0, "Between two "
+            "checkpoints of a run, under `spark.hdfs.dir`; one more is written at the end. `0`: none."),
+    Setting("keep_checkpoints", "spark.tensorspark.checkpoint.keep", int, 3, "Checkpoints that are kept; older ones "
+            "are removed."),
+    Setting("tls_enabled", "spark.tensorspark.tls.enabled", parse_bool, False, "Encrypts what workers and server say, "
+            "with a key and certificate made for the run (needs `tensorspark[tls]` on the driver)."),
+    Setting("max_connections", "spark.tensorspark.server.max.connections", int, 4096, "Connections that the server "
+            "takes at once; more are closed."),
     Setting("connect_timeout_s", "spark.tensorspark.connect.timeout", parse_time_s, 5.0, "How long a worker tries to "
             "reach the server."),
     Setting("io_timeout_s", "spark.tensorspark.io.timeout", parse_time_s, 120.0, "How long one answer of the server, "
@@ -75,6 +127,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("cache_memory_bytes", "spark.tensorspark.cache.memory", parse_size_bytes, 256 * 2**20, "Memory of a task "
             "for its decoded partition; a larger one goes to a file under `spark.tmp.dir`."),
 )  # fmt: skip
+
+_NONE_IS_A_VALUE = frozenset({"staleness"})
 
 # The constructor's defaults in the original Tensorspark, for `tensorspark.core.spark_session`.
 ORIGINAL_DEFAULTS: Mapping[str, Any] = {
@@ -95,23 +149,47 @@ class Config:
     server_port: int
     sync_interval: int
     batch_size: int
+    staleness: int | None
+    start_timeout_s: float
+    recovery_timeout_s: float
+    lease_timeout_s: float
+    reconnect_timeout_s: float
+    checkpoint_interval_s: float
+    keep_checkpoints: int
+    tls_enabled: bool
+    max_connections: int
     connect_timeout_s: float
     io_timeout_s: float
     receive_buffer_bytes: int
     cache_memory_bytes: int
 
     def __post_init__(self) -> None:
-        for name in ("sync_interval", "batch_size"):
+        for name in ("sync_interval", "batch_size", "keep_checkpoints", "max_connections"):
             self._check(name, minimum=1)
+        self._check_staleness()
+        if not isinstance(self.tls_enabled, bool):
+            raise ConfigError(f"{_label('tls_enabled')} must be True or False, got {self.tls_enabled!r}")
         self._check("server_port", minimum=0, maximum=65535)
         for name in ("receive_buffer_bytes", "cache_memory_bytes"):
             self._check(name, minimum=0)
-        for name in ("connect_timeout_s", "io_timeout_s"):
+        for name in ("connect_timeout_s", "io_timeout_s", "lease_timeout_s"):
             self._check(name, minimum=0.001, is_integer=False)
+        for name in ("start_timeout_s", "recovery_timeout_s", "reconnect_timeout_s", "checkpoint_interval_s"):
+            self._check(name, minimum=0, is_integer=False)
         for name in ("hdfs_dir", "tmp_dir", "server_host"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value.strip()):
                 raise ConfigError(f"{_label(name)} must be a non-empty string, got {value!r}")
+
+    def _check_staleness(self) -> None:
+        value: Any = self.staleness
+        if value == "async":
+            object.__setattr__(self, "staleness", None)
+        elif value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ConfigError(
+                f"{_label('staleness')} must be an integer of at least 0 (0 is bulk-synchronous), or None "
+                f"('async' in the key) for asynchronous training, got {value!r}"
+            )
 
     def _check(
         self,
@@ -137,7 +215,7 @@ def resolve(
     """Makes a `Config`: an argument that is not None wins, then the Spark conf's key, then `defaults`, then ours.
 
     Args:
-        arguments: by field name; None stands for "not given".
+        arguments: by field name; `NOT_SET`, or None where None is no value of the setting, stands for "not given".
         spark_conf: by key; keys under ``spark.tensorspark.`` that are no setting are refused.
 
     Raises:
@@ -145,14 +223,14 @@ def resolve(
     """
     _refuse_unknown_keys(spark_conf)
     values = {
-        setting.field: _resolve_one(setting, arguments.get(setting.field), spark_conf, defaults or {})
+        setting.field: _resolve_one(setting, arguments.get(setting.field, NOT_SET), spark_conf, defaults or {})
         for setting in SETTINGS
     }
     return Config(**values)
 
 
 def _resolve_one(setting: Setting, argument: Any, spark_conf: Mapping[str, str], defaults: Mapping[str, Any]) -> Any:
-    if argument is not None:
+    if argument is not NOT_SET and (argument is not None or setting.field in _NONE_IS_A_VALUE):
         return argument
     if setting.key in spark_conf:
         try:

@@ -7,6 +7,7 @@
     ├── FeedError                 (also ValueError)  rows or feed names that do not fit the graph
     ├── FeedLostError             (also RuntimeError)  Spark stopped sending rows: it repeats the task
     ├── GraphError                (also ValueError)  a variable, tensor or graph that cannot be trained
+    ├── CheckpointError           (also ValueError)  a checkpoint that is absent, damaged or of another model or run
     ├── StagingError              (also OSError)     a staging or temporary directory that cannot be used
     ├── SessionClosedError        (also RuntimeError)  a session used after ``close()``
     ├── CombinerError             (also RuntimeError)  a weight combiner that raised or returned nonsense
@@ -59,6 +60,10 @@ class FeedLostError(TensorsparkError, RuntimeError):
 
 class GraphError(TensorsparkError, ValueError):
     """A variable, tensor or graph that cannot be trained."""
+
+
+class CheckpointError(TensorsparkError, ValueError):
+    """A checkpoint that is absent, damaged, or of another model or run."""
 
 
 class StagingError(TensorsparkError, OSError):

@@ -13,6 +13,7 @@ the original Tensorspark's interface, what a subclass of your own writes, and wh
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -24,8 +25,40 @@ from tensorspark.weights.layout import Buffer, WeightLayout
 _BLOCK_BYTES = 2**18  # stays in a core's second-level cache between the merge and the check for NaN
 
 
+@dataclass(frozen=True)
+class Contribution:
+    """What the server knows of a push beside its numbers.
+
+    Attributes:
+        worker_id: index of the worker's partition.
+        num_samples: rows that the worker trained on since its last push.
+        staleness: versions that the server has published since the worker pulled what its push is based on.
+    """
+
+    worker_id: int
+    num_samples: int = 1
+    staleness: int = 0
+
+
+@dataclass
+class CombinerState:
+    """What a combiner carries from one round to the next, for checkpoints.
+
+    Attributes:
+        slots: by name, a buffer in the layout of the weights (a momentum, say).
+        values: numbers, strings and booleans by name.
+    """
+
+    slots: dict[str, Buffer] = field(default_factory=dict)
+    values: dict[str, int | float | str | bool] = field(default_factory=dict)
+
+
 class WeightCombiner:
     """Base of all combiners: subclass it and write `compute`.
+
+    The server takes pushes in *rounds*: one push each where workers are asynchronous, those of all running workers, in
+    the order of their partitions, where they are bulk-synchronous. It calls `fold` for each push and `finish` at the
+    end; what `finish` leaves is the next version of the weights. Here `fold` calls `merge`, one push on top of the other.
 
     One thread calls a combiner at a time. An instance belongs to one session; `reset_value` makes it forget.
 
@@ -34,8 +67,11 @@ class WeightCombiner:
     ...         return origin_weight + 0.1 * (new_weight - origin_weight)
     """
 
-    pushes: ClassVar[Literal["weights", "delta"]] = "weights"
-    """What a worker sends: its weights, or their change since its last pull."""
+    pushes: ClassVar[Literal["weights", "delta", "elastic"]] = "weights"
+    """What a worker sends: its weights, their change since its last pull, or an elastic difference (`elastic`)."""
+
+    moving_rate: float = 0.0
+    """Elastic averaging's alpha; of use only where `pushes` is "elastic"."""
 
     def compute(
         self,
@@ -56,6 +92,50 @@ class WeightCombiner:
 
     def reset_value(self) -> None:
         """Forgets what earlier pushes left in the combiner. An instance that serves several runs keeps it otherwise."""
+
+    def state(self) -> CombinerState:
+        """What a checkpoint must hold for a new instance to go on as this one would. The slots are not copied."""
+        return CombinerState()
+
+    def restore_state(self, layout: WeightLayout, state: CombinerState) -> None:
+        """Goes on where `state`, taken from an instance with the same `settings`, ended. Takes the slots over."""
+
+    @property
+    def settings(self) -> dict[str, int | float | str | bool]:
+        """The hyperparameters: a run is continued with the same combiner and settings only."""
+        return {}
+
+    def fold(
+        self, layout: WeightLayout, current: Buffer, partial: Buffer | None, pushed: Buffer, contribution: Contribution
+    ) -> bool:
+        """Takes a push into the round, in place over `pushed`, which is the next push's `partial`.
+
+        Args:
+            layout: how the buffers (``[num_bytes] uint8``) are to be read.
+            current: the server's weights; stay as they are.
+            partial: what the round's `fold` before left; None for the round's first push. Stays as it is.
+            pushed: weights or a delta, as `pushes` says.
+
+        Returns:
+            Whether the push and what came of it is finite. If not, the push is refused and `partial` is still the round.
+
+        Raises:
+            CombinerError: see `merge`.
+        """
+        return self.merge(layout, current if partial is None else partial, pushed, contribution.worker_id)
+
+    def finish(self, layout: WeightLayout, current: Buffer, folded: Buffer, num_pushes: int, num_workers: int) -> bool:
+        """Turns what the round's last `fold` left into the new weights, in place over `folded`.
+
+        Args:
+            num_pushes: folded in this round, at least 1.
+            num_workers: whose pushes make up the run: those of the round where workers are bulk-synchronous, all that
+                run at the moment where a round is one push. At least `num_pushes`.
+
+        Returns:
+            Whether every number written is finite. If not, the run fails.
+        """
+        return True
 
     @property
     def is_elementwise(self) -> bool:
