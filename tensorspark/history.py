@@ -36,8 +36,11 @@ class WorkerReport:
     Attributes:
         host: where the partition's last attempt ran; empty where none came.
         num_attempts: tasks that held the partition, one after the other.
-        num_pushes: pushes that are in the weights.
+        num_reconnects: times that an attempt lost its connection and came back.
+        num_pushed: pushes that arrived whole.
+        num_applied: pushes that are in the weights.
         num_refused: pushes that the server refused.
+        num_repeated: pushes that came again after a reconnect and were in the weights already.
         epoch_samples, epoch_seconds: rows and duration of the last attempt's finished epochs (of the last 1,000).
         step_s, sync_s: time in local steps (feeding included), and in pushing, pulling and waiting.
         finished: whether the partition was trained to its end.
@@ -48,8 +51,11 @@ class WorkerReport:
     num_attempts: int = 0
     num_steps: int = 0
     num_samples: int = 0
-    num_pushes: int = 0
+    num_reconnects: int = 0
+    num_pushed: int = 0
+    num_applied: int = 0
     num_refused: int = 0
+    num_repeated: int = 0
     epoch_samples: tuple[int, ...] = ()
     epoch_seconds: tuple[float, ...] = ()
     step_s: float = 0.0

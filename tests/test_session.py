@@ -374,7 +374,7 @@ def test_a_worker_that_is_killed_is_succeeded_at_its_cursor(
         history = run(session, model, sc.parallelize(rows, 2).mapPartitionsWithIndex(dies_once), num_epochs=2)
     first = history.workers[0]
     assert killed.exists()
-    assert (first.num_attempts, first.num_samples, first.num_pushes) == (2, 40, 20)
+    assert (first.num_attempts, first.num_samples, first.num_applied) == (2, 40, 20)
     assert history.num_samples == 80
 
 

@@ -5,23 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tensorspark.history import Point, WorkerReport
-from tensorspark.ps.state import Cursor
+from tensorspark.history import Point
+from tensorspark.ps.state import PartitionProgress
 from tensorspark.weights.combiners import CombinerState
 from tensorspark.weights.layout import Buffer, WeightLayout
 
 Plain = int | float | str | bool | None
-
-
-@dataclass(frozen=True)
-class PartitionProgress:
-    """Where a partition stands: what a successor needs to go on, and what was reported so far."""
-
-    sequence: int
-    cursor: Cursor
-    round: int
-    progress: float | None
-    report: WorkerReport
 
 
 @dataclass(frozen=True)

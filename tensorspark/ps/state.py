@@ -72,6 +72,17 @@ class Push:
 
 
 @dataclass(frozen=True)
+class PartitionProgress:
+    """Where a partition stands: what a successor needs to go on, and what was reported so far."""
+
+    sequence: int
+    cursor: Cursor
+    round: int
+    progress: float | None
+    report: WorkerReport
+
+
+@dataclass(frozen=True)
 class Grant:
     """Tell the connection that the partition is its own, and where to begin."""
 
@@ -272,7 +283,7 @@ class RunState:
         partition.update(
             num_steps=report.num_steps + push.num_steps,
             num_samples=report.num_samples + push.num_samples,
-            num_pushes=report.num_pushes + 1,
+            num_applied=report.num_applied + 1,
         )
         self.recorder.record(seconds, push.num_steps, push.num_samples, push.sums)
         return [Accept(merge.connection, push.sequence), *self._after_merge(partition)]

@@ -134,7 +134,7 @@ def test_pushes_of_workers_at_once_are_all_added_up(start: Start, layout: Weight
             done.result(60)
     assert cluster.weights() == {2 + 25 * (1 + 2 + 3 + 4)}
     points, reports = cluster.server.records()
-    assert [report.num_pushes for report in reports] == [25] * 4
+    assert [report.num_applied for report in reports] == [25] * 4
     assert (points[-1].num_steps, points[-1].num_samples, points[-1].scalars) == (100, 1000, {"loss": 0.5})
 
 

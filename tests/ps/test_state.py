@@ -123,7 +123,7 @@ def test_a_push_that_comes_again_is_accepted_and_not_merged_again(state: RunStat
     state.register(1, registration())
     merge(state, 1, push(1))
     assert state.push(1, push(1)) == [Accept(1, 1)]
-    assert state.reports()[0].num_pushes == 1
+    assert state.reports()[0].num_applied == 1
 
 
 @pytest.mark.parametrize(("sequence", "batch"), [(3, 3), (2, 0)])
@@ -188,7 +188,7 @@ def test_pushes_behind_a_refused_one_are_refused_too_and_can_come_again(state: R
     assert not state.is_next(behind)
     assert refusal(state.not_merged(behind, RefusedError("a push before this one was refused"))) is RefusedError
     assert [merge(state, 1, push(sequence)) for sequence in (1, 2)] == [[Accept(1, 1)], [Accept(1, 2)]]
-    assert state.reports()[0].num_pushes == 2
+    assert state.reports()[0].num_applied == 2
 
 
 def test_a_pull_behind_a_refused_push_is_answered(state: RunState) -> None:
