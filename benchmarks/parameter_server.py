@@ -14,7 +14,7 @@ from tensorspark.ps import protocol
 from tensorspark.ps.client import ParameterClient, ServerAddress
 from tensorspark.ps.protocol import Kind
 from tensorspark.ps.server import ParameterServer
-from tensorspark.ps.state import Cursor, Push, Registration
+from tensorspark.ps.messages import Cursor, Push, Registration
 from tensorspark.weights.combiners import DeltaWeightCombiner
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 
@@ -128,8 +128,8 @@ class _PipeliningClient(ParameterClient):
     def wait_for_pushes(self, max_unanswered: int) -> None:
         """Waits until at most `max_unanswered` pushes are not accepted yet."""
         while len(self._unanswered) > max_unanswered:
-            sequence = protocol.count(self._receive(Kind.ACCEPTED), "sequence")
-            if sequence != self._unanswered.pop(0):
+            sequence = protocol.count(self._link.receive(Kind.ACCEPTED), "sequence")
+            if sequence != self._unanswered.pop(0)[0].sequence:
                 raise ProtocolError(f"expected another push to be accepted next, got {sequence}")
 
 

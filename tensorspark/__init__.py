@@ -8,12 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tensorspark.history import History, Point, WorkerReport
+from tensorspark.weights.averaging import MeanDeltaCombiner, StalenessScaledCombiner
 from tensorspark.weights.combiners import (
     DeltaWeightCombiner,
     MeanWeightCombiner,
     UpdateMeanWeightCombiner,
     WeightCombiner,
 )
+from tensorspark.weights.elastic import ElasticAveragingCombiner
+from tensorspark.weights.server_optimizers import ServerAdagrad, ServerAdam, ServerSGD
 
 if TYPE_CHECKING:
     from tensorspark.session import SparkSession
@@ -22,10 +25,16 @@ __version__ = "2.0.0"
 
 __all__ = [
     "DeltaWeightCombiner",
+    "ElasticAveragingCombiner",
     "History",
+    "MeanDeltaCombiner",
     "MeanWeightCombiner",
     "Point",
+    "ServerAdagrad",
+    "ServerAdam",
+    "ServerSGD",
     "SparkSession",
+    "StalenessScaledCombiner",
     "UpdateMeanWeightCombiner",
     "WeightCombiner",
     "WorkerReport",

@@ -222,6 +222,10 @@ def resolve(
         ConfigError: a value that is out of range or cannot be read, or an unknown key.
     """
     _refuse_unknown_keys(spark_conf)
+    unknown = arguments.keys() - {setting.field for setting in SETTINGS}
+    if unknown:
+        valid = ", ".join(setting.field for setting in SETTINGS)
+        raise ConfigError(f"unknown argument {sorted(unknown)[0]}; the valid ones are {valid}")
     values = {
         setting.field: _resolve_one(setting, arguments.get(setting.field, NOT_SET), spark_conf, defaults or {})
         for setting in SETTINGS

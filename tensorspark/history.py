@@ -102,16 +102,50 @@ class History:
         return np.array([point.num_steps for point in self.points], np.int64)
 
 
-class Recorder:
-    """Builds a run's points as pushes arrive; when there are too many, merges them pairwise."""
+@dataclass(frozen=True)
+class PointSums:
+    """A `Point` before the division: means times weights would not give these sums back to the last bit.
 
-    def __init__(self, max_points: int = _MAX_POINTS) -> None:
+    Attributes:
+        weight: rows since the point before.
+        sums: by fetch name, over those rows.
+    """
+
+    seconds: float
+    num_steps: int
+    num_samples: int
+    weight: int
+    sums: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RecorderState:
+    """What a `Recorder` must know to go on as another would have: its points from then on are equal, bit for bit.
+
+    Attributes:
+        stride: pushes that make up a point.
+        num_in_last: pushes in the last point.
+    """
+
+    stride: int
+    num_in_last: int
+    points: tuple[PointSums, ...]
+
+
+class Recorder:
+    """Builds a run's points as pushes arrive; when there are too many, merges them pairwise.
+
+    Args:
+        points: what another recorder exported; this one goes on there.
+    """
+
+    def __init__(self, max_points: int = _MAX_POINTS, points: RecorderState | None = None) -> None:
         self._max_points = max_points
-        self._points: list[_Sums] = []
-        self._stride = 1
-        self._num_in_last = 0
-        self.num_steps = 0
-        self.num_samples = 0
+        self._stride = points.stride if points else 1
+        self._num_in_last = points.num_in_last if points else 0
+        self._points = [_Sums.of(sums) for sums in points.points] if points else []
+        self.num_steps = self._points[-1].num_steps if self._points else 0
+        self.num_samples = self._points[-1].num_samples if self._points else 0
 
     def record(self, seconds: float, num_steps: int, num_samples: int, sums: Mapping[str, float]) -> None:
         """Adds a push.
@@ -134,6 +168,10 @@ class Recorder:
     def points(self) -> tuple[Point, ...]:
         return tuple(sums.point() for sums in self._points)
 
+    def export(self) -> RecorderState:
+        """All that is known so far, for a checkpoint; what is recorded later does not change it."""
+        return RecorderState(self._stride, self._num_in_last, tuple(sums.export() for sums in self._points))
+
     def last(self) -> Point | None:
         return self._points[-1].point() if self._points else None
 
@@ -155,6 +193,13 @@ class _Sums:
     num_samples: int = 0
     weight: int = 0
     sums: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, exported: PointSums) -> _Sums:
+        return cls(**{**vars(exported), "sums": dict(exported.sums)})
+
+    def export(self) -> PointSums:
+        return PointSums(**{**vars(self), "sums": dict(self.sums)})
 
     def add(self, seconds: float, num_steps: int, num_samples: int, weight: int, sums: dict[str, Any]) -> None:
         self.seconds, self.num_steps, self.num_samples = seconds, num_steps, num_samples

@@ -7,33 +7,36 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from pyspark import RDD, TaskContext
+from pyspark import RDD
 
 from tensorspark import config as configuration
 from tensorspark.driver.arguments import RunPlan, as_spark_context, as_tensorflow_session, check_feed, make_plan
-from tensorspark.driver.feeding import require_whole_partitions
-from tensorspark.driver.jobs import SparkJob, num_slots, summary
+from tensorspark.driver.checkpoints import CheckpointDirectory
+from tensorspark.driver.continuing import continued, planned_values
+from tensorspark.driver.jobs import num_slots
 from tensorspark.driver.preflight import check_executors
 from tensorspark.driver.progress import ProgressLine
 from tensorspark.driver.publishing import Publisher
-from tensorspark.errors import ConfigError, SessionClosedError, WorkerFailedError
+from tensorspark.driver.resources import Resources
+from tensorspark.driver.training import require_trained, run_job
+from tensorspark.errors import CheckpointError, ConfigError, SessionClosedError
 from tensorspark.history import History
-from tensorspark.ps.client import ServerAddress
+from tensorspark.ps.checkpoint import RunCheckpoint
+from tensorspark.ps.link import ServerAddress
+from tensorspark.ps.messages import Status
 from tensorspark.ps.server import ParameterServer
+from tensorspark.ps.sync import SyncPlan
 from tensorspark.weights.combiners import WeightCombiner
-from tensorspark.worker import WorkerJob, run_partition
+from tensorspark.worker import WorkerJob
 
 if TYPE_CHECKING:
     from tensorspark.trainers.graph import Captured
 
 logger = logging.getLogger(__name__)
-
-_POLL_S = 0.1
-_FAILED_JOB_GRACE_S = 1.0
 
 
 class SparkSession:
@@ -45,8 +48,11 @@ class SparkSession:
         user: who to write to HDFS as (staging only); empty stands for the process's own user.
         name: shown in progress, history and Spark's web page.
         target: accepted for the original's programs; workers always run sessions of their own process.
-        server_host, server_port, sync_interval, batch_size: see `tensorspark.config.SETTINGS`, as for all from
-            `hdfs_dir` on; None takes the Spark configuration's value, then the default.
+        server_host, server_port, sync_interval, batch_size, hdfs_dir, tmp_dir: see `tensorspark.config.SETTINGS`; None
+            takes the Spark configuration's value, then the default, as does what is not given.
+        staleness: how workers are kept in step: 0 is bulk-synchronous, k > 0 stale-synchronous (the fastest worker
+            leads the slowest by at most k synchronizations), None asynchronous.
+        settings: any other row of `SETTINGS`, by its field.
         graph: the session's graph, or None.
         config: `tf.compat.v1.ConfigProto` of the workers' sessions. Thread counts that it leaves open become
             ``spark.task.cpus``.
@@ -80,12 +86,10 @@ class SparkSession:
         sync_interval: int | None = None,
         batch_size: int | None = None,
         *,
+        staleness: int | str | configuration.NotSet | None = configuration.NOT_SET,
         hdfs_dir: str | None = None,
         tmp_dir: str | None = None,
-        connect_timeout_s: float | None = None,
-        io_timeout_s: float | None = None,
-        receive_buffer_bytes: int | None = None,
-        cache_memory_bytes: int | None = None,
+        **settings: Any,
     ) -> None:
         self._spark_context = as_spark_context(spark_context)
         self._session = as_tensorflow_session(session, graph)
@@ -96,26 +100,29 @@ class SparkSession:
             "server_port": server_port,
             "sync_interval": sync_interval,
             "batch_size": batch_size,
+            "staleness": staleness,
             "hdfs_dir": hdfs_dir,
             "tmp_dir": tmp_dir,
-            "connect_timeout_s": connect_timeout_s,
-            "io_timeout_s": io_timeout_s,
-            "receive_buffer_bytes": receive_buffer_bytes,
-            "cache_memory_bytes": cache_memory_bytes,
+            **settings,
         }
         spark_conf = dict(self._spark_context.getConf().getAll())
         self._config = configuration.resolve(arguments, spark_conf, self._defaults)
+        if "checkpoint_interval_s" in settings and self._config.hdfs_dir is None:
+            raise ConfigError("checkpoint_interval_s needs hdfs_dir (or spark.hdfs.dir): checkpoints go there")
         self._server_host = self._config.server_host or spark_conf.get("spark.driver.host", "localhost")
         self._num_threads = int(spark_conf.get("spark.task.cpus", "1"))
         self._run_id = secrets.token_hex(8)
+        self._user = user or ""
+        self._checkpoint_dir = self._default_checkpoint_dir()
+        self._restored: RunCheckpoint | None = None
         self._checked: tuple[ServerAddress, Callable[[], bytes]] | None = None
         self._running = threading.Lock()
         self._publisher = Publisher(
-            self._spark_context, self._run_id, self._config.hdfs_dir, self._config.tmp_dir, user or ""
+            self._spark_context, self._run_id, self._config.hdfs_dir, self._config.tmp_dir, self._user
         )
-        self._lasting = _Lasting(self._publisher)
+        self._resources = Resources(self._publisher, self._config, self._server_host, self._user)
         # Runs at exit too, and when the session is forgotten: who makes it anew in a shell finds its port free.
-        self._finalizer = weakref.finalize(self, self._lasting.close)
+        self._finalizer = weakref.finalize(self, self._resources.close)
         if target:
             logger.warning("target=%r is ignored: workers run sessions of their own process", target)
 
@@ -126,6 +133,36 @@ class SparkSession:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    @classmethod
+    def restore(cls, spark_context: Any, url: str, session: Any, **arguments: Any) -> Self:
+        """A session that goes on from the newest checkpoint in `url` that is whole.
+
+        The variables that the checkpoint holds get its values at once. If the run that wrote it was not over, the first
+        `run` (with the same feed, `param_list` and combiner) continues it: no batch that is in the weights is trained
+        again, and what came after the checkpoint is. Further checkpoints go to `url` too.
+
+        Args:
+            url: directory of the checkpoints, as the interrupted session named it: `checkpoint_dir`.
+            session: the `tf.compat.v1.Session`, its variables initialized. Those that are not in the checkpoint (an
+                optimizer's slots, say) keep the values that they have there.
+            arguments: of `SparkSession`. Batch size, sync interval, staleness and name are the checkpoint's where they
+                are not given.
+
+        Raises:
+            CheckpointError: no checkpoint is whole, or it is of another model: says which tensors differ.
+            StagingError: `url` cannot be read.
+        """
+        directory = CheckpointDirectory(url, user=arguments.get("user") or "")
+        checkpoint = directory.read_newest()
+        planned = {name: checkpoint.plan[name] for name in ("batch_size", "sync_interval", "staleness")}
+        restored = cls(spark_context, session, **{"name": str(checkpoint.plan.get("name", "")), **planned, **arguments})
+        try:
+            restored._take_over(checkpoint, url)
+        except BaseException:
+            restored.close()
+            raise
+        return restored
 
     def run(
         self,
@@ -162,7 +199,7 @@ class SparkSession:
             run_metadata: only without `feed_rdd`; workers collect none.
             server_reusable: keeps the server for the next run; `stop_param_server` or `close` ends it.
             num_epochs: passes over the feed in one job; rows are decoded once.
-            seed: of the shuffles; None draws one (it is in the history).
+            seed: of the shuffles; None draws one (it is in the history), or takes that of the run that is continued.
             progress: shows a line on stderr.
 
         Returns:
@@ -170,7 +207,8 @@ class SparkSession:
 
         Raises:
             SessionClosedError: after `close`.
-            ConfigError, FeedError, GraphError: arguments that cannot work, before a task starts.
+            ConfigError, FeedError, GraphError: arguments that cannot work, before a task starts; a feed without rows.
+            CheckpointError: a restored session's first run has another `param_list` than the checkpoint.
             ServerUnreachableError, StagingError: executors that cannot take part, within seconds.
             WorkerFailedError: a worker raised or its task was given up; the session's variables are as they were.
             CombinerError: the combiner raised, or returned weights of the wrong shape.
@@ -179,12 +217,21 @@ class SparkSession:
         if feed_rdd is None:
             return self._session.run(fetches, feed_dict, options, run_metadata)
         check_feed(feed_rdd, feed_name_list, param_list, run_metadata)
-        plan = make_plan(feed_rdd, weight_combiner, shuffle_within_partition, num_epochs, seed)
+        plan = make_plan(
+            feed_rdd,
+            weight_combiner,
+            shuffle_within_partition,
+            num_epochs,
+            seed,
+            staleness=self._config.staleness,
+            num_slots=num_slots(self._spark_context),
+            restored_seed=self._restored and self._restored.plan["seed"],
+        )
         captured = self._capture(fetches, feed_name_list or (), param_list or (), feed_dict, options)
         if not self._running.acquire(blocking=False):
             raise ConfigError("this SparkSession is training already: one feed at a time, or a session for each thread")
         try:
-            history = self._train(feed_rdd, captured, plan, progress)
+            history = self._train(captured, plan, progress)
             if not server_reusable:
                 self.stop_param_server()
             return history
@@ -197,13 +244,23 @@ class SparkSession:
         finally:
             self._running.release()
 
+    @property
+    def checkpoint_dir(self) -> str | None:
+        """Where this session's runs write checkpoints, for `restore`; None where they write none."""
+        return self._checkpoint_dir
+
+    def status(self) -> Status | None:
+        """How the run stands at this moment, for other threads to ask; None while no server runs."""
+        server = self._server
+        return None if server is None else server.status()
+
     def get_session(self) -> Any:
         """The TensorFlow session that was passed in."""
         return self._session
 
     def stop_param_server(self) -> None:
         """Ends the parameter server, if one runs. The next run starts another."""
-        self._lasting.stop_server()
+        self._resources.stop_server()
 
     def close(self) -> None:
         """Ends the server and removes the temporary files, on the executors' hosts too. Idempotent."""
@@ -211,18 +268,19 @@ class SparkSession:
 
     @property
     def _server(self) -> ParameterServer | None:
-        return self._lasting.server
+        return self._resources.server
 
     # One run
 
-    def _train(self, feed_rdd: RDD[Any], captured: Captured, plan: RunPlan, progress: bool) -> History:
+    def _train(self, captured: Captured, plan: RunPlan, progress: bool) -> History:
+        config, layout = self._config, captured.spec.layout
+        resume = self._restored and continued(self._restored, plan, config, layout)
         content = self._publisher.publish(captured.content, captured.spec.content_hash)
-        server = self._server_for(captured)
-        run = server.begin_run(captured.weights, plan.combiner, plan.num_partitions)
-        config = self._config
-        address = ServerAddress(
-            self._server_host, server.port, server.token, config.connect_timeout_s, config.io_timeout_s
-        )
+        server = self._resources.server_for(layout)
+        weights = resume.weights if resume else captured.weights
+        sync = SyncPlan(config.staleness, plan.num_first, config.start_timeout_s, config.recovery_timeout_s)
+        run = server.begin_run(weights, plan.combiner, plan.num_partitions, sync=sync, resume=resume)
+        address = self._resources.address_of(server)
         self._check_executors(address, content, plan)
         job = WorkerJob(
             address=address,
@@ -230,6 +288,7 @@ class SparkSession:
             spec=captured.spec,
             content=content,
             pushes=plan.combiner.pushes,
+            moving_rate=plan.combiner.moving_rate,
             batch_size=config.batch_size,
             sync_interval=config.sync_interval,
             num_epochs=plan.num_epochs,
@@ -239,45 +298,39 @@ class SparkSession:
             tmp_dir=config.tmp_dir,
         )
         began = time.monotonic()
-        self._run_job(feed_rdd, job, server, run, progress)
-        return self._conclude(server, captured, plan, time.monotonic() - began)
+        planned = {"name": self._name, **planned_values(plan, config)}
+        with self._resources.checkpoints(server, self._checkpoint_dir, planned) as checkpointer:
+            line = ProgressLine(self._name, progress)
+            if self._checkpoint_dir is not None:
+                line.note(f"checkpoints, for SparkSession.restore, go to {self._checkpoint_dir}")
+            group, description = f"tensorspark-{self._run_id}-{run}", f"tensorspark {self._name}: run {run}"
+            run_job(
+                plan.feed_rdd, job, server, line, group=group, description=f"{description}, {plan.num_epochs} epoch(s)"
+            )
+            if checkpointer is not None:
+                checkpointer.write_last()
+        seconds = time.monotonic() - began + (resume.seconds if resume else 0.0)
+        return self._conclude(server, captured, plan, seconds)
 
     def _check_executors(self, address: ServerAddress, content: Callable[[], bytes], plan: RunPlan) -> None:
         if self._checked == (address, content):
             return
-        num_tasks = max(1, min(plan.num_partitions, num_slots(self._spark_context)))
-        check_executors(self._spark_context, address, content, self._config.tmp_dir, self._run_id, num_tasks)
+        check_executors(
+            self._spark_context, address, content, self._config.tmp_dir, self._run_id, max(1, plan.num_first)
+        )
         self._checked = (address, content)
-
-    def _run_job(self, feed_rdd: RDD[Any], job: WorkerJob, server: ParameterServer, run: int, progress: bool) -> None:
-        tasks = feed_rdd.mapPartitionsWithIndex(_task(job))
-        require_whole_partitions(tasks)
-        line = ProgressLine(self._name, progress)
-        group = f"tensorspark-{self._run_id}-{run}"
-        description = f"tensorspark {self._name}: run {run}, {job.num_epochs} epoch(s)"
-        try:
-            with SparkJob(self._spark_context, tasks.count, group=group, description=description) as spark_job:
-                while not spark_job.wait(_POLL_S):
-                    line.show(server.status())
-                    if server.failure() is not None:
-                        spark_job.cancel()
-                        spark_job.wait(_FAILED_JOB_GRACE_S)
-                        break
-            _raise_failure(server, spark_job.error)
-        except BaseException:
-            line.abandon()
-            raise
-        line.show(server.status(), last=True)
 
     def _conclude(self, server: ParameterServer, captured: Captured, plan: RunPlan, seconds: float) -> History:
         from tensorspark.trainers import graph
 
+        points, workers = server.records()
+        require_trained(workers)
         layout = captured.spec.layout
         weights = layout.allocate()
         server.read_weights(weights)
         graph.assign(self._session, layout, weights)
-        points, workers = server.records()
-        history = History(
+        self._restored = None
+        return History(
             name=self._name,
             num_steps=sum(worker.num_steps for worker in workers),
             num_samples=sum(worker.num_samples for worker in workers),
@@ -286,9 +339,26 @@ class SparkSession:
             points=points,
             workers=workers,
         )
-        if not history.num_samples:
-            logger.warning("%s: the feed has no rows: nothing was trained", self._name or "run")
-        return history
+
+    # Checkpoints
+
+    def _default_checkpoint_dir(self) -> str | None:
+        if self._config.hdfs_dir is None or not self._config.checkpoint_interval_s:
+            return None
+        return CheckpointDirectory.url_of_run(self._config.hdfs_dir, self._run_id)
+
+    def _take_over(self, checkpoint: RunCheckpoint, url: str) -> None:
+        from tensorspark.trainers import graph
+
+        difference = graph.difference(self._session, checkpoint.layout)
+        if difference:
+            raise CheckpointError(
+                f"the checkpoint in {url} is of another model: {difference}; make the session with the graph that was "
+                f"trained"
+            )
+        graph.assign(self._session, checkpoint.layout, checkpoint.weights)
+        self._checkpoint_dir = url
+        self._restored = None if checkpoint.is_complete else checkpoint
 
     def _capture(
         self,
@@ -311,63 +381,8 @@ class SparkSession:
             num_threads=self._num_threads,
         )
 
-    # What lasts longer than a run
-
-    def _server_for(self, captured: Captured) -> ParameterServer:
-        layout = captured.spec.layout
-        if self._server is not None and self._server.layout.fingerprint != layout.fingerprint:
-            self.stop_param_server()
-        if self._server is None:
-            self._lasting.server = ParameterServer(
-                layout,
-                self._server_host,
-                self._config.server_port,
-                receive_buffer_bytes=self._config.receive_buffer_bytes,
-                io_timeout_s=self._config.io_timeout_s,
-            )
-        assert self._server is not None
-        return self._server
-
     def _require_open(self) -> None:
         if not self._finalizer.alive:
             raise SessionClosedError("this SparkSession is closed: make a new one to train on")
         if getattr(self._session, "_closed", False):
             raise SessionClosedError("the TensorFlow session is closed: make a new one, and a SparkSession for it")
-
-
-class _Lasting:
-    """What outlasts a run and must not outlast the session, which it does not know, so that it can be forgotten."""
-
-    def __init__(self, publisher: Publisher) -> None:
-        self._publisher = publisher
-        self.server: ParameterServer | None = None
-
-    def stop_server(self) -> None:
-        server, self.server = self.server, None
-        if server is not None:
-            server.close()
-
-    def close(self) -> None:
-        try:
-            self.stop_server()
-        finally:
-            self._publisher.remove()
-
-
-def _task(job: WorkerJob) -> Callable[[int, Iterable[Any]], Iterator[None]]:
-    def train(partition: int, rows: Iterable[Any]) -> Iterator[None]:
-        context = TaskContext.get()
-        assert context is not None
-        run_partition(job, partition, context.taskAttemptId(), rows)
-        return iter(())
-
-    return train
-
-
-def _raise_failure(server: ParameterServer, job_error: BaseException | None) -> None:
-    """Raises what went wrong: what a worker or the combiner reported, else what Spark says."""
-    reported = server.failure()
-    if reported is not None:
-        raise reported from job_error
-    if job_error is not None:
-        raise WorkerFailedError(f"Spark gave the training job up: {summary(job_error)}") from job_error

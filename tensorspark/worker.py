@@ -17,10 +17,11 @@ import numpy as np
 
 from tensorspark.data.batches import Batch, PartitionFeed
 from tensorspark.data.spill import EpochCache
-from tensorspark.errors import FeedLostError, RunStoppedError
+from tensorspark.errors import FeedLostError, LeaseLostError, RunStoppedError
 from tensorspark.ps.client import Granted, ParameterClient, ServerAddress
-from tensorspark.ps.state import Cursor, Push, Registration
+from tensorspark.ps.messages import Cursor, Push, Registration
 from tensorspark.trainers.base import Trainer, TrainerSpec, obtain
+from tensorspark.weights.elastic import elastic_difference
 from tensorspark.weights.layout import Buffer, WeightLayout
 
 _MAX_REPORTED_EPOCHS = 1000  # they must fit into a frame's header
@@ -33,7 +34,8 @@ class WorkerJob:
     Attributes:
         run: number of the run on its server.
         content: fetches the trainer's content on the executor.
-        pushes: "weights" or "delta", as the run's combiner wants.
+        pushes: "weights", "delta" or "elastic", as the run's combiner wants.
+        moving_rate: of elastic averaging.
     """
 
     address: ServerAddress
@@ -41,6 +43,7 @@ class WorkerJob:
     spec: TrainerSpec
     content: Callable[[], bytes] = field(repr=False)
     pushes: str
+    moving_rate: float
     batch_size: int
     sync_interval: int
     num_epochs: int
@@ -68,7 +71,7 @@ def run_partition(job: WorkerJob, partition: int, attempt: int, rows: Iterable[A
             granted = client.register(registration)
             if not granted.finished:
                 _train(job, partition, rows, client, granted)
-        except (RunStoppedError, FeedLostError):  # nothing to report: for the latter Spark tries again
+        except (RunStoppedError, FeedLostError, LeaseLostError):  # nothing to report: Spark tries again where it may
             raise
         except (Exception, SystemExit) as error:  # code that makes the rows may call sys.exit
             client.report(f"{type(error).__name__}: {error}", traceback.format_exc())
@@ -90,14 +93,14 @@ def _train(job: WorkerJob, partition: int, rows: Iterator[Any], client: Paramete
             seed=job.seed,
             cache=cache,
         )
-        exchange = _Exchange(client, trainer, job.pushes, granted.sequence)
+        exchange = _exchange_for(job, client, trainer, granted.sequence)
         clock = _EpochClock()
         for interval in _intervals(feed.batches(granted.cursor.epoch, granted.cursor.batch), job.sync_interval):
-            exchange.pull()
+            exchange.before()
             steps = _Steps(trainer, job.num_epochs, clock)
             for batch in interval:
                 steps.run(batch)
-            exchange.push(steps)
+            exchange.after(steps)
         client.finish(
             epoch_samples=clock.epoch_samples[-_MAX_REPORTED_EPOCHS:],
             epoch_seconds=clock.epoch_seconds[-_MAX_REPORTED_EPOCHS:],
@@ -165,7 +168,7 @@ class _Steps:
         self._last = batch
         self._clock.count(batch)
 
-    def as_push(self, sequence: int) -> Push:
+    def as_push(self, sequence: int, version: int) -> Push:
         last = self._last
         assert last is not None
         cursor = Cursor(last.epoch + 1, 0) if last.is_last_of_epoch else Cursor(last.epoch, last.index + 1)
@@ -175,37 +178,86 @@ class _Steps:
             cursor=cursor,
             num_steps=self.num_steps,
             num_samples=self.num_samples,
+            version=version,
             sums=dict(zip(self._trainer.scalar_names, self._sums.tolist(), strict=True)),
             progress=None if in_epoch is None else (last.epoch + in_epoch) / self._num_epochs,
         )
 
 
 class _Exchange:
-    """Pulls into the trainer and pushes out of it, and knows what was pulled."""
+    """What a worker does between its local steps: here it trains on from what it pulled, and pushes what came of it."""
 
-    def __init__(self, client: ParameterClient, trainer: Trainer, pushes: str, sequence: int) -> None:
+    def __init__(self, client: ParameterClient, trainer: Trainer, sequence: int) -> None:
         self._client = client
         self._trainer = trainer
-        self._pushes_delta = pushes == "delta"
         self._sequence = sequence
+        self._version = 0
         self._pulled = trainer.layout.allocate()
         self._local = trainer.layout.allocate()
         self.sync_s = 0.0
 
-    def pull(self) -> None:
+    def before(self) -> None:
+        """Before an interval's steps."""
         began = time.perf_counter()
-        self._client.pull(self._pulled)
+        self._pull()
         self._trainer.load(self._pulled)
         self.sync_s += time.perf_counter() - began
 
-    def push(self, steps: _Steps) -> None:
+    def after(self, steps: _Steps) -> None:
+        """After an interval's steps."""
         began = time.perf_counter()
         self._trainer.read(self._local)
-        if self._pushes_delta:
-            subtract(self._trainer.layout, self._local, self._pulled)
-        self._sequence += 1
-        self._client.push(self._local, steps.as_push(self._sequence))
+        self._push(self._outgoing(), steps)
         self.sync_s += time.perf_counter() - began
+
+    def _outgoing(self) -> Buffer:
+        """What is pushed; it stays as it is until the next pull."""
+        return self._local
+
+    def _pull(self) -> None:
+        self._version = self._client.pull(self._pulled)
+
+    def _push(self, buffer: Buffer, steps: _Steps) -> None:
+        self._sequence += 1
+        self._client.push(buffer, steps.as_push(self._sequence, self._version))
+
+
+class _DeltaExchange(_Exchange):
+    """Pushes how the steps changed what was pulled."""
+
+    def _outgoing(self) -> Buffer:
+        subtract(self._trainer.layout, self._local, self._pulled)
+        return self._local
+
+
+class _ElasticExchange(_Exchange):
+    """Keeps weights of its own, which it and the server draw to each other: see `weights.elastic`.
+
+    A successor of a worker that died has lost them, and begins at the server's.
+    """
+
+    def __init__(self, client: ParameterClient, trainer: Trainer, sequence: int, moving_rate: float) -> None:
+        super().__init__(client, trainer, sequence)
+        self._moving_rate = moving_rate
+        self._difference = trainer.layout.allocate()
+        self._has_begun = False
+
+    def before(self) -> None:
+        if not self._has_begun:
+            super().before()
+        self._has_begun = True
+
+    def _outgoing(self) -> Buffer:
+        self._pull()
+        elastic_difference(self._trainer.layout, self._local, self._pulled, self._moving_rate, self._difference)
+        self._trainer.load(self._local)
+        return self._difference
+
+
+def _exchange_for(job: WorkerJob, client: ParameterClient, trainer: Trainer, sequence: int) -> _Exchange:
+    if job.pushes == "elastic":
+        return _ElasticExchange(client, trainer, sequence, job.moving_rate)
+    return (_DeltaExchange if job.pushes == "delta" else _Exchange)(client, trainer, sequence)
 
 
 def subtract(layout: WeightLayout, new: Buffer, base: Buffer) -> None:

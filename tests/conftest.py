@@ -15,6 +15,8 @@ import pytest
 if TYPE_CHECKING:
     from pyspark import SparkContext
 
+    from tests.regression import Regression
+
 pytest_plugins = ["tests.required", "tests.hadoop.fixtures"]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -60,3 +62,13 @@ def sc() -> Iterator[SparkContext]:
     context = SparkContext(conf=conf)
     yield context
     context.stop()
+
+
+@pytest.fixture
+def model() -> Iterator[Regression]:
+    """A linear regression in a session of its own."""
+    from tests.regression import build
+
+    regression = build()
+    yield regression
+    regression.session.close()

@@ -67,6 +67,40 @@ def test_points_are_weighted_means_of_the_pushes_between_them_however_often_merg
     assert recorder.last() == recorder.points()[-1]
 
 
+@given(sizes=SIZES, max_points=st.integers(2, 12), cut=st.integers(0, 80))
+def test_a_recorder_made_from_anothers_export_goes_on_bit_for_bit_as_that_one(
+    sizes: list[tuple[int, int, float]], max_points: int, cut: int
+) -> None:
+    pushes = _pushes(sizes)
+    undisturbed, first = Recorder(max_points), Recorder(max_points)
+    _record(undisturbed, pushes)
+    _record(first, pushes[:cut])
+    second = Recorder(max_points, points=first.export())
+    _record(second, pushes[cut:])
+    assert second.points() == undisturbed.points()
+    assert second.export() == undisturbed.export()
+    assert (second.num_steps, second.num_samples) == (undisturbed.num_steps, undisturbed.num_samples)
+
+
+def test_sums_that_no_mean_gives_back_survive_an_export() -> None:
+    assert 0.1 / 11 * 11 != 0.1
+    first = Recorder()
+    first.record(1.0, 1, 11, {"loss": 0.1})
+    (sums,) = Recorder(points=first.export()).export().points
+    assert sums.sums == {"loss": 0.1}
+
+
+def test_an_export_stays_as_it_is_while_recording_goes_on() -> None:
+    recorder = Recorder()
+    recorder.record(1.0, 2, 4, {"loss": 8.0})
+    exported = recorder.export()
+    resumed = Recorder(points=exported)
+    for each in (recorder, resumed):
+        each.record(2.0, 1, 4, {"loss": 4.0})
+    assert exported == Recorder(points=exported).export()
+    assert [dict(sums.sums) for sums in exported.points] == [{"loss": 8.0}]
+
+
 def test_a_short_run_has_a_point_per_push() -> None:
     recorder = Recorder()
     pushes = _pushes([(100, 10_000, 2.0), (100, 9_950, 1.5), (1, 1, 7.0)])

@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from tensorspark import DeltaWeightCombiner, History, MeanWeightCombiner, SparkSession, WeightCombiner
+from tensorspark import DeltaWeightCombiner, MeanWeightCombiner, SparkSession, WeightCombiner
 from tensorspark.core import spark_session as original
 from tensorspark.errors import (
     CombinerError,
@@ -30,93 +30,13 @@ from tensorspark.errors import (
 )
 from tensorspark.ps.server import ParameterServer
 from tensorspark.trainers.startup import quiet
+from tests.regression import TRUE_W, W0, Regression, build, rows_of, run, sgd
 
 with quiet():
     import tensorflow.compat.v1 as tf
 
 if TYPE_CHECKING:
     from pyspark import SparkContext
-
-RNG = np.random.default_rng(7)
-TRUE_W = np.array([[1.0], [-2.0], [0.5]], np.float32)
-W0, B0 = np.array([[0.3], [0.1], [-0.2]], np.float32), np.array([0.7], np.float32)
-LEARNING_RATE = 0.1
-
-
-class Regression(NamedTuple):
-    """Linear regression with its own session; non-zero start."""
-
-    session: Any
-    x: Any
-    y: Any
-    W: Any
-    b: Any
-    loss: Any
-    train: Any
-
-    @property
-    def feeds(self) -> list[str]:
-        return [self.x.name, self.y.name]
-
-    @property
-    def weights(self) -> list[np.ndarray]:
-        return list(self.session.run([self.W, self.b]))
-
-
-def build(learning_rate: float = LEARNING_RATE, optimizer: Callable[[float], Any] | None = None) -> Regression:
-    with tf.Graph().as_default() as graph:
-        x = tf.placeholder(tf.float32, [None, 3], name="x")
-        y = tf.placeholder(tf.float32, [None, 1], name="y")
-        W = tf.Variable(W0, name="W", use_resource=False)
-        b = tf.Variable(B0, name="b", use_resource=True)
-        loss = tf.reduce_mean(tf.square(tf.matmul(x, W) + b - y), name="loss")
-        train = (optimizer or tf.train.GradientDescentOptimizer)(learning_rate).minimize(loss)
-        session = tf.Session(graph=graph)
-        session.run(tf.global_variables_initializer())
-    return Regression(session, x, y, W, b, loss, train)
-
-
-@pytest.fixture
-def model() -> Iterator[Regression]:
-    regression = build()
-    yield regression
-    regression.session.close()
-
-
-def rows_of(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    x = RNG.normal(size=(count, 3)).astype(np.float32)
-    return list(zip(x, x @ TRUE_W + np.float32(3), strict=True))
-
-
-def sgd(
-    rows: list[tuple[np.ndarray, np.ndarray]], batch_size: int, epochs: int
-) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    """Plain SGD in numpy, float64: the independent calculation."""
-    W, b = W0.astype(np.float64), B0.astype(np.float64)
-    losses = []
-    for _ in range(epochs):
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            x, y = np.array([row[0] for row in batch], np.float64), np.array([row[1] for row in batch], np.float64)
-            error = x @ W + b - y
-            losses.append(float(np.mean(error**2)))
-            W = W - LEARNING_RATE * 2 * x.T @ error / len(batch)
-            b = b - LEARNING_RATE * 2 * error.mean(axis=0)
-    return W, b, losses
-
-
-def run(session: SparkSession, model: Regression, rdd: Any, **options: Any) -> History:
-    arguments: dict[str, Any] = {
-        "feed_rdd": rdd,
-        "feed_name_list": model.feeds,
-        "param_list": [model.W, model.b],
-        "weight_combiner": DeltaWeightCombiner(),
-        "progress": False,
-    }
-    history = session.run(**{"fetches": {"train": model.train, "loss": model.loss}, **arguments, **options})
-    assert isinstance(history, History)
-    return history
-
 
 # What is trained
 
@@ -185,14 +105,10 @@ def test_two_workers_learn_the_function(sc: SparkContext, model: Regression) -> 
     assert history.samples_per_s > 0
 
 
-def test_a_feed_without_rows_trains_nothing_and_says_so(
-    sc: SparkContext, model: Regression, caplog: pytest.LogCaptureFixture
-) -> None:
-    with SparkSession(sc, model.session, name="nothing") as session:
-        history = run(session, model, sc.parallelize([], 2))
-    assert history.num_samples == 0
+def test_a_feed_without_rows_is_an_error(sc: SparkContext, model: Regression) -> None:
+    with SparkSession(sc, model.session) as session, pytest.raises(FeedError, match="the feed has no rows"):
+        run(session, model, sc.parallelize([], 2))
     np.testing.assert_array_equal(model.weights[0], W0)
-    assert "nothing: the feed has no rows" in caplog.text
 
 
 def test_an_optimizers_slots_start_from_the_drivers_on_every_worker_and_stay_there(sc: SparkContext) -> None:
@@ -322,10 +238,13 @@ def test_temporary_files_are_gone_after_close(sc: SparkContext, model: Regressio
     local.mkdir()
     session = SparkSession(sc, model.session, hdfs_dir=staging.as_uri(), tmp_dir=str(local), batch_size=4)
     run(session, model, sc.parallelize(rows_of(8), 2))
-    assert len(files_in(staging)) == len(files_in(local)) == 1
+    checkpoints = Path(str(session.checkpoint_dir)).name
+    assert len(files_in(staging)) == 2
+    assert len(files_in(local)) == 1
     session.close()
     session.close()
-    assert files_in(staging) == files_in(local) == []
+    assert files_in(staging) == [checkpoints]
+    assert files_in(local) == []
 
 
 def test_temporary_files_are_gone_after_a_failed_run(sc: SparkContext, model: Regression, tmp_path: Path) -> None:
@@ -345,7 +264,7 @@ def test_the_spark_context_and_the_tensorflow_session_stay_open(sc: SparkContext
 def test_a_session_that_is_forgotten_frees_its_port_and_files(
     sc: SparkContext, model: Regression, tmp_path: Path
 ) -> None:
-    session = SparkSession(sc, model.session, tmp_dir=str(tmp_path), hdfs_dir=str(tmp_path))
+    session = SparkSession(sc, model.session, tmp_dir=str(tmp_path), hdfs_dir=str(tmp_path), checkpoint_interval_s=0)
     run(session, model, sc.parallelize(rows_of(4), 1), server_reusable=True)
     assert session._server is not None
     port = session._server.port

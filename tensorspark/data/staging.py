@@ -1,14 +1,7 @@
 """Files that the driver publishes once and every executor fetches once per host.
 
 The driver puts a run's files in ``<spark.hdfs.dir>/tensorspark-<run id>``, on any filesystem that fsspec knows;
-executors copy them to ``<spark.tmp.dir>/tensorspark-local-<run id>``, named by the hash of their content. ``hdfs://``
-goes through hdfs-native, which reads ``HADOOP_CONF_DIR`` but needs neither Java nor libhdfs.
-
-hdfs-native has three habits that this module works around:
-
-- It takes the user's name from ``HADOOP_USER_NAME`` alone, when it connects (not when the client is made).
-- It has no timeout, neither to connect nor for an answer, so every operation runs under a deadline of ours.
-- It raises ``RuntimeError`` with a Java stack in its text for everything but a missing or an existing file.
+executors copy them to ``<spark.tmp.dir>/tensorspark-local-<run id>``, named by the hash of their content.
 """
 
 from __future__ import annotations
@@ -20,46 +13,28 @@ import re
 import shutil
 import socket
 import stat
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
-from urllib.parse import urlsplit
-from xml.etree import ElementTree
 
 import fsspec
 
+from tensorspark.data.filesystem import (
+    CONNECT_DEADLINE_S,
+    TRANSFER_DEADLINE_S,
+    attempt,
+    open_filesystem,
+    reason,
+    require_directory,
+    write_then_rename,
+)
 from tensorspark.errors import StagingError
 
-T = TypeVar("T")
-
-_CONNECT_DEADLINE_S = 20.0
-_TRANSFER_DEADLINE_S = 600.0
 _LOCK_POLL_S = 0.05
 _CHUNK_BYTES = 1 << 20
-
-_HDFS_FILESYSTEMS = {"hdfs": "HdfsFileSystem", "viewfs": "ViewfsFileSystem"}
-# Where a connection is refused, hdfs-native's default (Hadoop's: 15 attempts, growing pauses) reports it after minutes.
-_HDFS_SETTINGS = {"dfs.client.failover.max.attempts": "5", "dfs.client.failover.sleep.max.millis": "2000"}
-# What an error says (hdfs-native's say most in their text alone), and what the user can do; the first that fits.
-_ADVICE = {
-    "AccessControlException|PermissionError": "Give this user write access to spark.hdfs.dir, or connect as one that "
-    "has it: the session's `user`, or HADOOP_USER_NAME.",
-    "No NameNode hosts found|No fs.defaultFS": "Name the NameNode in spark.hdfs.dir (hdfs://host:8020/path), or set "
-    "HADOOP_CONF_DIR to the directory of core-site.xml and hdfs-site.xml on the driver and on every executor.",
-    "Connection|lookup address|timed out|unreachable|No route|disconnected": "Check that it runs, that spark.hdfs.dir "
-    "names its address (fs.defaultFS), and that this host reaches it.",
-    "Failed to complete file|could only be written to": "Check that HDFS has live DataNodes (hdfs dfsadmin -report), "
-    "and that this host reaches them.",
-    "FileNotFoundError": "Check whether someone removed it while the run went on.",
-}
-
-_hadoop_user_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -103,7 +78,7 @@ class StagingDirectory:
         self._user = user
         self._path = f"{base_path.rstrip('/')}/tensorspark-{run_id}"
         self._url: str = filesystem.unstrip_protocol(self._path)
-        _attempt("create", self._url, lambda: _create_run_directory(filesystem, base_url, base_path, self._path))
+        attempt("create", self._url, lambda: _create_run_directory(filesystem, base_url, base_path, self._path))
 
     @property
     def url(self) -> str:
@@ -119,7 +94,7 @@ class StagingDirectory:
         filesystem, _ = open_filesystem(self._url, self._user)
         path = f"{self._path}/{name}"
         url: str = filesystem.unstrip_protocol(path)
-        _attempt("publish", url, lambda: _write_then_rename(filesystem, path, content), _TRANSFER_DEADLINE_S)
+        attempt("publish", url, lambda: write_then_rename(filesystem, path, [content]), TRANSFER_DEADLINE_S)
         return StagedFile(url, hashlib.sha256(content).hexdigest(), len(content), self._user)
 
     def remove(self) -> None:
@@ -129,30 +104,7 @@ class StagingDirectory:
             StagingError: the filesystem refused it or did not answer.
         """
         filesystem, _ = open_filesystem(self._url, self._user)
-        _attempt("remove", self._url, lambda: _remove_tree(filesystem, self._path), _CONNECT_DEADLINE_S)
-
-
-def open_filesystem(url: str, user: str = "") -> tuple[fsspec.AbstractFileSystem, str]:
-    """The filesystem of `url`, and the path of `url` in it. A bare path is a local one.
-
-    Args:
-        user: who to connect to HDFS as; empty: `HADOOP_USER_NAME` or the process's own user. Only HDFS without Kerberos
-            heeds it. hdfs-native knows no other way than the environment, so `HADOOP_USER_NAME` is set for the time it
-            takes to connect and then restored. A connection that is lost and made again is the process's own user.
-
-    Raises:
-        StagingError: no client for this kind of URL is installed, or the NameNode did not answer within 20 s.
-    """
-    if urlsplit(url).scheme in _HDFS_FILESYSTEMS:
-        return _open_hdfs(url, user)
-    try:
-        filesystem, path = fsspec.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise StagingError(
-            f"spark.hdfs.dir: expected a URL that fsspec can open, got {url!r}: {error}. "
-            "Install the client it names, or use hdfs://, file:// or another filesystem that is installed."
-        ) from error
-    return filesystem, path
+        attempt("remove", self._url, lambda: _remove_tree(filesystem, self._path), CONNECT_DEADLINE_S)
 
 
 def fetch(staged: StagedFile, tmp_dir: str, run_id: str) -> Path:
@@ -190,7 +142,7 @@ def make_local_run_dir(tmp_dir: str, run_id: str) -> Path:
         directory.mkdir(mode=0o700, exist_ok=True)
         found = directory.lstat()
     except OSError as error:
-        raise StagingError(f"{expected}, but {_reason(error)}. {change}.") from error
+        raise StagingError(f"{expected}, but {reason(error)}. {change}.") from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise StagingError(
             f"{expected} in which this run's user (uid {os.geteuid()}) owns '{directory.name}', but that is a symbolic "
@@ -220,15 +172,7 @@ def _check_plain_name(argument: str, name: str) -> None:
 
 
 def _create_run_directory(filesystem: fsspec.AbstractFileSystem, base_url: str, base_path: str, path: str) -> None:
-    expected = f"spark.hdfs.dir: expected {base_url!r} to be an existing directory"
-    try:
-        kind = filesystem.info(base_path)["type"]
-    except FileNotFoundError as error:
-        raise StagingError(
-            f"{expected}, but nothing is there. Create it, or set spark.hdfs.dir to a directory that exists."
-        ) from error
-    if kind != "directory":
-        raise StagingError(f"{expected}, but it is a {kind}. Set spark.hdfs.dir to a directory.")
+    require_directory(filesystem, base_url, base_path)
     # HDFS's mkdir is content with a directory that exists.
     if filesystem.exists(path):
         raise StagingError(
@@ -236,21 +180,6 @@ def _create_run_directory(filesystem: fsspec.AbstractFileSystem, base_url: str, 
             "Remove the directory if no run uses it any more, or choose another id."
         )
     filesystem.mkdir(path, create_parents=False)
-
-
-def _write_then_rename(filesystem: fsspec.AbstractFileSystem, path: str, content: bytes) -> None:
-    parent, _, name = path.rpartition("/")
-    temporary = f"{parent}/.{name}.{uuid.uuid4().hex}"
-    # Other filesystems' renames replace the target anyway, and not all of them take the argument.
-    options = {"overwrite": True} if str(filesystem.protocol) in _HDFS_FILESYSTEMS else {}
-    try:
-        with filesystem.open(temporary, "wb") as file:
-            file.write(content)
-        filesystem.mv(temporary, path, **options)
-    except Exception:
-        with suppress(Exception):
-            filesystem.rm(temporary)
-        raise
 
 
 def _remove_tree(filesystem: fsspec.AbstractFileSystem, path: str) -> None:
@@ -263,7 +192,7 @@ def _download(staged: StagedFile, target: Path) -> None:
     filesystem, path = open_filesystem(staged.url, staged.user)
     try:
         doing = f"copy to '{temporary}' (spark.tmp.dir)"
-        copied = _attempt(doing, staged.url, lambda: _copy(filesystem, path, temporary), _TRANSFER_DEADLINE_S)
+        copied = attempt(doing, staged.url, lambda: _copy(filesystem, path, temporary), TRANSFER_DEADLINE_S)
         if copied != (staged.num_bytes, staged.sha256):
             raise StagingError(
                 f"spark.hdfs.dir: expected {staged.num_bytes} bytes with SHA-256 {staged.sha256} in {staged.url!r}, "
@@ -290,7 +219,7 @@ def _copy(filesystem: fsspec.AbstractFileSystem, path: str, target: Path) -> tup
 @contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
     """Holds the lock file at `path`. The kernel lets go of it when its holder dies, so it is never stale."""
-    deadline = time.monotonic() + _TRANSFER_DEADLINE_S + _CONNECT_DEADLINE_S
+    deadline = time.monotonic() + TRANSFER_DEADLINE_S + CONNECT_DEADLINE_S
     with path.open("ab") as file:
         while True:
             try:
@@ -304,93 +233,3 @@ def _exclusive(path: Path) -> Iterator[None]:
                     ) from error
             time.sleep(_LOCK_POLL_S)  # flock has no timeout of its own
         yield
-
-
-def _open_hdfs(url: str, user: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    try:
-        import hdfs_native.fsspec
-    except ImportError as error:
-        raise StagingError(
-            f"spark.hdfs.dir: {url!r} needs hdfs-native, which is not installed on {socket.gethostname()}. Run\n"
-            "    pip install 'tensorspark[hdfs]'\n"
-            "on the driver and on every executor."
-        ) from error
-    parts = urlsplit(url)
-    # Not parts.hostname: it is in lower case, and the name of an HDFS nameservice is not.
-    host, _, port = parts.netloc.partition(":")
-    filesystem_class = getattr(hdfs_native.fsspec, _HDFS_FILESYSTEMS[parts.scheme])
-
-    def connect() -> fsspec.AbstractFileSystem:
-        settings = {name: value for name, value in _HDFS_SETTINGS.items() if name not in _hadoop_site_settings()}
-        # fsspec's instance cache does not know the user, and would hand out another user's connection.
-        filesystem = filesystem_class(host or None, int(port) if port else None, skip_instance_cache=True, **settings)
-        filesystem.exists(parts.path or "/")  # the first call connects
-        return filesystem
-
-    with _hadoop_user(user):
-        return _attempt("connect to", url, connect, _CONNECT_DEADLINE_S), parts.path or "/"
-
-
-@contextmanager
-def _hadoop_user(user: str) -> Iterator[None]:
-    """Sets `HADOOP_USER_NAME` where `user` is not empty. Locked, as a thread without `user` must not see another's."""
-    with _hadoop_user_lock:
-        before = os.environ.get("HADOOP_USER_NAME")
-        if user:
-            os.environ["HADOOP_USER_NAME"] = user
-        try:
-            yield
-        finally:
-            os.environ.pop("HADOOP_USER_NAME", None)
-            if before is not None:
-                os.environ["HADOOP_USER_NAME"] = before
-
-
-def _hadoop_site_settings() -> set[str]:
-    """Names of what the cluster's own configuration files set, found where hdfs-native finds them."""
-    directory = os.environ.get("HADOOP_CONF_DIR")
-    if directory is None and "HADOOP_HOME" in os.environ:
-        directory = f"{os.environ['HADOOP_HOME']}/etc/hadoop"
-    files = [Path(directory, name) for name in ("core-site.xml", "hdfs-site.xml")] if directory else []
-    return {name.text or "" for file in files if file.is_file() for name in ElementTree.parse(file).iter("name")}
-
-
-def _attempt(doing: str, url: str, operation: Callable[[], T], deadline_s: float = _CONNECT_DEADLINE_S) -> T:
-    """Runs `operation` and raises what goes wrong as StagingError; past the deadline its thread is left to itself."""
-    outcome: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            outcome.set_result(operation())
-        except BaseException as error:  # handed to the caller, whatever it is
-            outcome.set_exception(error)
-
-    thread = threading.Thread(target=run, name="tensorspark-staging", daemon=True)
-    thread.start()
-    thread.join(deadline_s)
-    if thread.is_alive():
-        raise StagingError(
-            f"spark.hdfs.dir: could not {doing} {url!r}: no answer within {deadline_s:g} s. "
-            "Check that the filesystem works and can be reached from this host, or change spark.hdfs.dir."
-        )
-    try:
-        return outcome.result()
-    except Exception as error:  # each fsspec filesystem has its own kinds
-        if isinstance(error, StagingError):
-            raise
-        raise StagingError(f"spark.hdfs.dir: could not {doing} {url!r}: {_reason(error)}. {_advice(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error's message, without the Java names and the stack that hdfs-native wraps it in."""
-    text = str(error)
-    if remote := re.match(r'(?:Fatal)?RPCError\("[^"]*", "((?:[^"\\]|\\.)*)', text):
-        text = remote[1].replace("\\n", "\n").replace('\\"', '"')
-    elif isinstance(error, FileNotFoundError) and error.errno is None:
-        text = f"no such file: {text}"  # hdfs-native and fsspec give the path alone
-    return text.strip().partition("\n")[0].rstrip(".") or type(error).__name__
-
-
-def _advice(error: Exception) -> str:
-    text = f"{type(error).__name__}: {error}"
-    return next((advice for pattern, advice in _ADVICE.items() if re.search(pattern, text)), "Check spark.hdfs.dir.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,29 +10,59 @@ from typing import Any
 
 from pyspark import RDD, SparkContext
 
+from tensorspark.driver.feeding import coalesced
 from tensorspark.errors import ConfigError, FeedError
 from tensorspark.weights.combiners import MeanWeightCombiner, WeightCombiner
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """How a feed is to be trained."""
+    """How a feed is to be trained.
 
+    Attributes:
+        feed_rdd: as it is trained: coalesced, where it has more partitions than a bulk-synchronous run has slots.
+        num_first: workers that the first round waits for.
+    """
+
+    feed_rdd: RDD[Any]
     num_partitions: int
+    num_first: int
     combiner: WeightCombiner
     shuffle: bool
     num_epochs: int
     seed: int
 
 
-def make_plan(feed_rdd: RDD[Any], combiner: Any, shuffle: Any, num_epochs: Any, seed: Any) -> RunPlan:
+def make_plan(
+    feed_rdd: RDD[Any],
+    combiner: Any,
+    shuffle: Any,
+    num_epochs: Any,
+    seed: Any,
+    *,
+    staleness: int | None,
+    num_slots: int,
+    restored_seed: Any = None,
+) -> RunPlan:
     """Checks and completes what `SparkSession.run` takes; see there. Raises ConfigError."""
+    num_partitions = feed_rdd.getNumPartitions()
+    if staleness == 0 and num_partitions > num_slots:
+        logger.warning(
+            "the feed's %d partitions are coalesced to the %d slots, as in a bulk-synchronous run all train at once",
+            num_partitions,
+            num_slots,
+        )
+        feed_rdd, num_partitions = coalesced(feed_rdd, num_slots), num_slots
     return RunPlan(
-        num_partitions=feed_rdd.getNumPartitions(),
-        combiner=_as_combiner(combiner, feed_rdd),
+        feed_rdd=feed_rdd,
+        num_partitions=num_partitions,
+        num_first=max(1, min(num_partitions, num_slots)),
+        combiner=_as_combiner(combiner, num_partitions),
         shuffle=bool(shuffle),
         num_epochs=_checked_count("num_epochs", num_epochs),
-        seed=secrets.randbits(32) if seed is None else _checked_count("seed", seed, minimum=0),
+        seed=_as_seed(restored_seed if seed is None else seed),
     )
 
 
@@ -54,10 +85,10 @@ def as_tensorflow_session(session: Any, graph: Any) -> Any:
     return session
 
 
-def _as_combiner(combiner: WeightCombiner | None, feed_rdd: RDD[Any]) -> WeightCombiner:
+def _as_combiner(combiner: WeightCombiner | None, num_partitions: int) -> WeightCombiner:
     if combiner is None:
         # Not the slots: a cluster that has just started has fewer than it will have, and one makes pushes overwrite.
-        return MeanWeightCombiner(max(1, feed_rdd.getNumPartitions()))
+        return MeanWeightCombiner(max(1, num_partitions))
     if not isinstance(combiner, WeightCombiner):
         raise ConfigError(f"weight_combiner must be a WeightCombiner, such as DeltaWeightCombiner(), got {combiner!r}")
     return combiner
@@ -76,6 +107,10 @@ def check_feed(feed_rdd: Any, feed_names: Any, params: Any, run_metadata: Any) -
         raise ConfigError(f"param_list must be a list of the variables to synchronize such as [W, b], got {params!r}")
     if run_metadata is not None:
         raise ConfigError("run_metadata cannot be collected from workers: leave it out when feed_rdd is given")
+
+
+def _as_seed(seed: Any) -> int:
+    return secrets.randbits(32) if seed is None else _checked_count("seed", seed, minimum=0)
 
 
 def _checked_count(name: str, value: Any, minimum: int = 1) -> int:

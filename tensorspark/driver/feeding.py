@@ -1,7 +1,8 @@
-"""Tells the end of a partition from the end of the connection that its rows come through."""
+"""The feed, as Spark gives it to tasks: as many partitions as can run at once, and rows known to be whole."""
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Iterator
 from typing import IO, Any
@@ -11,7 +12,30 @@ from pyspark.serializers import Serializer, SpecialLengths
 
 from tensorspark.errors import FeedLostError
 
+logger = logging.getLogger(__name__)
+
 _END_OF_DATA = struct.pack("!i", SpecialLengths.END_OF_DATA_SECTION)
+
+
+def coalesced(feed_rdd: RDD[Any], num_partitions: int) -> RDD[Any]:
+    """Joins neighbouring partitions to `num_partitions`, always the same ones in the same order.
+
+    `RDD.coalesce` goes by where partitions are cached or stored, which differs from run to run: a restored run could
+    not tell which rows its cursors stand for, and a repeated one would add up other batches.
+    """
+    context, java_feed = feed_rdd.context, feed_rdd._jrdd
+    jvm: Any = context._jvm
+    total = feed_rdd.getNumPartitions()
+    joined: list[RDD[Any]] = []
+    for index in range(num_partitions):
+        chosen = jvm.java.util.HashSet()
+        for partition in range(index * total // num_partitions, (index + 1) * total // num_partitions):
+            chosen.add(partition)
+        is_chosen = jvm.scala.jdk.javaapi.CollectionConverters.asScala(chosen).toSet()  # a Scala set is a predicate
+        pruned = jvm.org.apache.spark.rdd.PartitionPruningRDD.create(java_feed.rdd(), is_chosen)
+        one = jvm.org.apache.spark.api.java.JavaRDD(pruned, java_feed.classTag()).coalesce(1)
+        joined.append(RDD(one, context, feed_rdd._jrdd_deserializer))
+    return context.union(joined)
 
 
 def require_whole_partitions(tasks: RDD[Any]) -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TextIO
 
-from tensorspark.ps.state import Status
+from tensorspark.ps.messages import Status
 
 _TERMINAL_INTERVAL_S = 0.2
 _LOG_INTERVAL_S = 10.0
@@ -44,6 +44,12 @@ class ProgressLine:
             self._stream.write(line + "\n")
         self._stream.flush()
         self._num_shown += 1
+
+    def note(self, text: str) -> None:
+        """Shows a line that stays."""
+        if self._enabled:
+            self._stream.write(f"{self._name or 'tensorspark'}: {text}\n")
+            self._stream.flush()
 
     def abandon(self) -> None:
         """Ends the line where it is, so that what follows (a traceback) begins on its own."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tensorspark.weights.layout import Buffer, WeightLayout
 
-# Beside those for receiving: the current snapshot, and an older one that a slow puller may still be reading.
-_NUM_SNAPSHOTS = 2
+# Beside those for receiving: the current snapshot, an older one that a slow puller may still be reading, and what has
+# been folded of a bulk-synchronous round.
+_NUM_RESERVED = 3
 
 
 @dataclass(eq=False)
@@ -26,17 +28,18 @@ class Snapshot:
 
 
 class BufferPool:
-    """Buffers of a layout's size, at most `limit_bytes` of them (and at least one) beside those of two snapshots.
+    """Buffers of a layout's size, at most `limit_bytes` of them (and at least one) beside those that the weights need.
 
     Whoever finds it empty waits, in turn: its connection is not read meanwhile, and TCP pushes back on the worker.
-    Not thread-safe: the server's loop owns it.
+    The last free buffer goes only to a push that can be folded at once: in a bulk-synchronous round the others wait for
+    it, and would wait for ever if they held all the buffers. Not thread-safe: the server's loop owns it.
     """
 
     def __init__(self, layout: WeightLayout, limit_bytes: int) -> None:
         self._layout = layout
-        self._num_unallocated = max(1, limit_bytes // layout.num_bytes) + _NUM_SNAPSHOTS
+        self._num_unallocated = max(1, limit_bytes // layout.num_bytes) + _NUM_RESERVED
         self._free: list[Buffer] = []
-        self._waiters: deque[asyncio.Future[Buffer]] = deque()
+        self._waiters: deque[tuple[asyncio.Future[Buffer], Callable[[], bool]]] = deque()
 
     def take_now(self) -> Buffer | None:
         """A free buffer, its content undefined; None where there is none."""
@@ -47,13 +50,15 @@ class BufferPool:
             return self._layout.allocate()
         return None
 
-    async def take(self) -> Buffer:
-        """A free buffer, its content undefined, when there is one."""
-        buffer = self.take_now()
-        if buffer is not None:
+    async def take(self, may_take_last: Callable[[], bool] = lambda: True) -> Buffer:
+        """A free buffer, its content undefined, when there is one; `may_take_last` is asked when there is just one."""
+        if not self._waiters and self._may_take(may_take_last):
+            buffer = self.take_now()
+            assert buffer is not None
             return buffer
         waiter: asyncio.Future[Buffer] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
+        self._waiters.append((waiter, may_take_last))
+        self.serve_waiters()
         try:
             return await waiter
         except asyncio.CancelledError:
@@ -62,12 +67,25 @@ class BufferPool:
             raise
 
     def put_back(self, buffer: Buffer) -> None:
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(buffer)
-                return
         self._free.append(buffer)
+        self.serve_waiters()
+
+    def serve_waiters(self) -> None:
+        """Gives free buffers to those who wait; to be called too when somebody's `may_take_last` may have changed."""
+        waiting, self._waiters = self._waiters, deque()
+        for waiter, may_take_last in waiting:
+            if waiter.done():
+                continue
+            if not self._may_take(may_take_last):
+                self._waiters.append((waiter, may_take_last))
+                continue
+            buffer = self.take_now()
+            assert buffer is not None
+            waiter.set_result(buffer)
+
+    def _may_take(self, may_take_last: Callable[[], bool]) -> bool:
+        num_free = len(self._free) + self._num_unallocated
+        return num_free > 1 or (num_free == 1 and may_take_last())
 
 
 class SnapshotStore:
@@ -75,15 +93,16 @@ class SnapshotStore:
 
     Args:
         weights: the first version; copied.
+        version: its number: 0, or that of a restored run.
     """
 
-    def __init__(self, pool: BufferPool, weights: Buffer) -> None:
+    def __init__(self, pool: BufferPool, weights: Buffer, version: int = 0) -> None:
         self._pool = pool
         self._retired: set[Snapshot] = set()
         first = pool.take_now()
         assert first is not None
         first[:] = weights
-        self.current = Snapshot(0, first)
+        self.current = Snapshot(version, first)
 
     def pin(self) -> Snapshot:
         """The current snapshot, kept as it is until `unpin`."""

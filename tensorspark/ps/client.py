@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import socket
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from tensorspark.errors import (
-    AuthenticationError,
-    ConnectionLostError,
-    ProtocolError,
-    ServerUnreachableError,
-    TransportError,
-)
+from tensorspark.errors import ConnectionLostError, ProtocolError, ServerUnreachableError, TransportError
 from tensorspark.ps import protocol
+from tensorspark.ps.link import Link, ServerAddress
+from tensorspark.ps.messages import Cursor, Push, Registration
 from tensorspark.ps.protocol import Kind
-from tensorspark.ps.state import Cursor, Push, Registration
 from tensorspark.weights.layout import Buffer
 
-_MAX_RESPONSE_BYTES = 2**14
+__all__ = ["Granted", "ParameterClient", "ServerAddress"]
+
 _MAX_TRACEBACK_BYTES = 2**15
-
-
-@dataclass(frozen=True)
-class ServerAddress:
-    """Where the server is and what opens it. Travels to the executors; its repr hides the token."""
-
-    host: str
-    port: int
-    token: str = field(repr=False)
-    connect_timeout_s: float = 5.0
-    io_timeout_s: float = 120.0
+_FIRST_BACKOFF_S = 0.1
+_MAX_BACKOFF_S = 5.0
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -45,7 +35,11 @@ class Granted:
 
 
 class ParameterClient:
-    """One connection to the server. Not thread-safe.
+    """A worker's conversation with the server. For one thread.
+
+    It outlasts its connection: when that breaks, it connects again, with growing pauses, resumes its lease and repeats
+    the pushes that the server has not accepted; the server counts each once. A thread of its own tells the server
+    that the worker lives while it computes.
 
     `push` only sends; its acceptance is read by the next `pull`, `flush` or `finish`, so that a push and the pull that
     follows it cost one round trip.
@@ -60,16 +54,14 @@ class ParameterClient:
 
     def __init__(self, address: ServerAddress) -> None:
         self._address = address
-        self._socket = connect(address)
-        self._unanswered: list[int] = []
-        self._is_broken = False  # in the middle of a frame: what is sent now would be read as the rest of it
-        try:
-            self._socket.settimeout(address.connect_timeout_s)  # who accepts and says nothing is no server of ours
-            self._upgrade()
-            self._socket.settimeout(address.io_timeout_s)
-        except BaseException:
-            self._socket.close()
-            raise
+        self._link = Link(address)
+        self._registration: Registration | None = None
+        self._is_granted = False
+        self._unanswered: list[tuple[Push, Buffer]] = []
+        self._turn = threading.Lock()  # held while a frame is sent or an answer awaited
+        self._closing = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="tensorspark-heartbeat", daemon=True)
+        self._heart.start()
 
     def __enter__(self) -> ParameterClient:
         return self
@@ -78,175 +70,147 @@ class ParameterClient:
         self.close()
 
     def close(self) -> None:
-        self._socket.close()
+        self._closing.set()
+        self._heart.join(self._address.io_timeout_s)
+        self._link.close()
 
-    def register(self, registration: Registration, wait_s: float | None = None) -> Granted:
-        """Asks for a partition, and waits while another attempt holds it.
+    def register(self, registration: Registration) -> Granted:
+        """Asks for a partition, and waits while another attempt holds it."""
+        self._registration = registration
+        with self._turn:
+            granted = self._persist(self._register)
+        self._is_granted = True
+        return granted
+
+    def pull(self, out: Buffer) -> int:
+        """Receives the newest weights into `out` and returns their version; this worker's pushes are in them.
+
+        Waits at the server's gate, as long as the server says that it lives.
+        """
+
+        def pull() -> int:
+            self._link.send(Kind.PULL, {})
+            self._read_acceptances()
+            return protocol.count(self._link.receive(Kind.SNAPSHOT, out), "version")
+
+        with self._turn:
+            return self._persist(pull)
+
+    def push(self, weights: Buffer, push: Push) -> None:
+        """Sends weights or a delta, as the run's combiner wants them.
 
         Args:
-            wait_s: the longest wait; None waits as long as the connection lives.
+            weights: must stay as they are until the next `pull`, `flush` or `finish` returns: they are sent again if
+                the connection breaks.
         """
-        self._send(Kind.REGISTER, vars(registration))
-        self._socket.settimeout(wait_s)
-        header = self._receive(Kind.GRANTED)
-        self._socket.settimeout(self._address.io_timeout_s)
+        with self._turn:
+            self._unanswered.append((push, weights))
+            try:
+                self._link.send(Kind.PUSH, _push_header(push), weights)
+            except ConnectionLostError as error:
+                self._resume(error)
+
+    def flush(self) -> None:
+        """Waits until all pushes are accepted."""
+        with self._turn:
+            self._persist(self._read_acceptances)
+
+    def finish(self, *, epoch_samples: list[int], epoch_seconds: list[float], step_s: float, sync_s: float) -> None:
+        """Tells the server that the partition is trained to its end."""
+        header = {"epoch_samples": epoch_samples, "epoch_seconds": epoch_seconds, "step_s": step_s, "sync_s": sync_s}
+
+        def finish() -> None:
+            self._read_acceptances()
+            self._link.send(Kind.FINISH, header)
+            self._link.receive(Kind.ACCEPTED)
+
+        with self._turn:
+            self._persist(finish)
+
+    def report(self, message: str, traceback: str) -> None:
+        """Tells the server that this worker has failed; best effort: a server that is gone is told nothing."""
+        with self._turn, contextlib.suppress(TransportError):
+            self._link.send(Kind.FAIL, {"message": _tail(message, 2**10), "traceback": _tail(traceback)})
+            # Answers to earlier pushes may lie before the one to FAIL; a refusal ends the conversation too.
+            for _ in range(len(self._unanswered) + 1):
+                self._link.receive(Kind.ACCEPTED)
+
+    def _register(self) -> Granted:
+        assert self._registration is not None
+        self._link.send(Kind.REGISTER, vars(replace(self._registration, is_resuming=self._is_granted)))
+        header = self._link.receive(Kind.GRANTED)
         return Granted(
             sequence=protocol.count(header, "sequence"),
             cursor=Cursor(protocol.count(header, "epoch"), protocol.count(header, "batch")),
             finished=protocol.field(header, "finished", bool),
         )
 
-    def pull(self, out: Buffer) -> int:
-        """Receives the newest weights into `out` and returns their version; this worker's pushes are in them."""
-        self._send(Kind.PULL, {})
-        self.flush()
-        return protocol.count(self._receive(Kind.SNAPSHOT, out), "version")
-
-    def push(self, weights: Buffer, push: Push) -> None:
-        """Sends weights or a delta, as the run's combiner wants them; `weights` may be reused at once."""
-        header = {
-            "sequence": push.sequence,
-            "epoch": push.cursor.epoch,
-            "batch": push.cursor.batch,
-            "num_steps": push.num_steps,
-            "num_samples": push.num_samples,
-            "sums": dict(push.sums),
-            "progress": push.progress,
-        }
-        self._send(Kind.PUSH, header, weights)
-        self._unanswered.append(push.sequence)
-
-    def flush(self) -> None:
-        """Waits until all pushes are accepted."""
+    def _read_acceptances(self) -> None:
         while self._unanswered:
-            sequence = protocol.count(self._receive(Kind.ACCEPTED), "sequence")
-            if sequence != self._unanswered.pop(0):
+            sequence = protocol.count(self._link.receive(Kind.ACCEPTED), "sequence")
+            if sequence != self._unanswered.pop(0)[0].sequence:
                 raise ProtocolError(f"expected another push to be accepted next, got {sequence}")
 
-    def finish(self, *, epoch_samples: list[int], epoch_seconds: list[float], step_s: float, sync_s: float) -> None:
-        """Tells the server that the partition is trained to its end."""
-        self.flush()
-        self._send(
-            Kind.FINISH,
-            {"epoch_samples": epoch_samples, "epoch_seconds": epoch_seconds, "step_s": step_s, "sync_s": sync_s},
-        )
-        self._receive(Kind.ACCEPTED)
+    # When the connection breaks
 
-    def report(self, message: str, traceback: str) -> None:
-        """Tells the server that this worker has failed; best effort: a server that is gone is told nothing."""
-        if self._is_broken:
-            return
-        with contextlib.suppress(TransportError):
-            self._send(Kind.FAIL, {"message": _tail(message, 2**10), "traceback": _tail(traceback)})
-            self._skip_to_answer()
+    def _persist(self, exchange: Callable[[], _T]) -> _T:
+        """Does `exchange`, again on a new connection when the old one breaks, until `reconnect_timeout_s` are over."""
+        while True:
+            try:
+                return exchange()
+            except ConnectionLostError as error:
+                self._resume(error)
 
-    def _skip_to_answer(self) -> None:
-        # Answers to earlier pushes may lie before the one to FAIL; a refusal ends the conversation too.
-        for _ in range(len(self._unanswered) + 1):
-            self._receive(Kind.ACCEPTED)
+    def _resume(self, lost: ConnectionLostError) -> None:
+        """Connects again and brings the server up to where this worker is."""
+        deadline = time.monotonic() + self._address.reconnect_timeout_s
+        backoff_s = _FIRST_BACKOFF_S
+        while True:
+            self._link.close()
+            # Not all workers at once, where the server or the network had them all lose their connections.
+            pause_s = backoff_s * random.uniform(0.5, 1.0)
+            if time.monotonic() + pause_s >= deadline or self._closing.wait(pause_s):
+                raise ConnectionLostError(
+                    f"{lost}; the server could not be reached again within {self._address.reconnect_timeout_s:g} s "
+                    f"(spark.tensorspark.reconnect.timeout): look whether the driver still runs"
+                ) from lost
+            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+            try:
+                self._link = Link(self._address)
+                if self._is_granted:
+                    self._repeat(self._register())
+                return
+            except (ConnectionLostError, ServerUnreachableError) as error:
+                lost = error if isinstance(error, ConnectionLostError) else lost
 
-    # Bytes
+    def _repeat(self, granted: Granted) -> None:
+        """Sends the pushes again that the server does not have."""
+        self._unanswered = [pair for pair in self._unanswered if pair[0].sequence > granted.sequence]
+        for push, weights in self._unanswered:
+            self._link.send(Kind.PUSH, _push_header(push), weights)
 
-    def _upgrade(self) -> None:
-        address = self._address
-        request = (
-            f"GET {protocol.PATH} HTTP/1.1\r\nHost: {address.host}:{address.port}\r\nConnection: Upgrade\r\n"
-            f"Upgrade: {protocol.UPGRADE}\r\nAuthorization: Bearer {address.token}\r\n\r\n"
-        )
-        self._send_all(request.encode("ascii"))
-        response = b""
-        while b"\r\n\r\n" not in response:
-            response += self._receive_some(_MAX_RESPONSE_BYTES)
-            if len(response) >= _MAX_RESPONSE_BYTES:
-                raise ProtocolError(f"expected an HTTP response from {self._where()}, got too much else")
-        self._check_response(response.split(b"\r\n", 1)[0].decode("latin-1"))
-
-    def _check_response(self, status_line: str) -> None:
-        parts = status_line.split(" ", 2)
-        if len(parts) < 2 or not parts[0].startswith("HTTP/"):
-            raise ProtocolError(f"expected a tensorspark server at {self._where()}, got {status_line[:80]!r}")
-        if parts[1] == "401":
-            raise AuthenticationError(f"the server at {self._where()} does not know this run's token: another run's?")
-        if parts[1] != "101":
-            raise ProtocolError(f"expected {self._where()} to upgrade to {protocol.UPGRADE}, got {status_line[:80]!r}")
-
-    def _send(self, kind: Kind, header: Mapping[str, Any], payload: Buffer | None = None) -> None:
-        self._send_all(protocol.encode(kind, header, 0 if payload is None else payload.nbytes))
-        if payload is not None:
-            self._send_all(payload.data)
-
-    def _receive(self, expected: Kind, payload: Buffer | None = None) -> dict[str, Any]:
-        limit = 0 if payload is None else payload.nbytes
-        prefix = protocol.decode_prefix(self._receive_exactly(protocol.PREFIX_BYTES), protocol.FROM_SERVER, limit)
-        header = protocol.decode_header(self._receive_exactly(prefix.header_bytes))
-        if prefix.kind is Kind.REFUSED:
-            raise protocol.refusal(header)
-        if prefix.kind is not expected or prefix.payload_bytes != limit:
-            raise ProtocolError(
-                f"expected {expected.name} with {limit} bytes, got {prefix.kind.name} with {prefix.payload_bytes}"
-            )
-        if payload is not None:
-            self._fill(payload.data)
-        return header
-
-    def _receive_exactly(self, num_bytes: int) -> bytearray:
-        data = bytearray(num_bytes)
-        self._fill(memoryview(data))
-        return data
-
-    def _fill(self, view: memoryview) -> None:
-        with self._translated():
-            while view:
-                received = self._socket.recv_into(view)
-                if not received:
-                    raise ConnectionLostError(f"the server at {self._where()} closed the connection")
-                view = view[received:]
-
-    def _receive_some(self, num_bytes: int) -> bytes:
-        with self._translated():
-            data = self._socket.recv(num_bytes)
-        if not data:
-            raise ConnectionLostError(f"the server at {self._where()} closed the connection")
-        return data
-
-    def _send_all(self, data: bytes | memoryview) -> None:
-        with self._translated():
-            self._socket.sendall(data)
-
-    @contextlib.contextmanager
-    def _translated(self) -> Any:
-        try:
-            yield
-        except TimeoutError as error:
-            self._is_broken = True
-            raise ConnectionLostError(
-                f"the server at {self._where()} did not answer within {self._socket.gettimeout()} s "
-                f"(spark.tensorspark.io.timeout)"
-            ) from error
-        except ConnectionLostError:
-            self._is_broken = True
-            raise
-        except OSError as error:
-            self._is_broken = True
-            raise ConnectionLostError(f"the connection to the server at {self._where()} broke: {error}") from error
-
-    def _where(self) -> str:
-        return f"{self._address.host}:{self._address.port}"
+    def _beat(self) -> None:
+        while not self._closing.wait(self._address.lease_timeout_s / 4):
+            # Whoever has its turn is speaking anyway, or the server has it wait.
+            if self._turn.acquire(blocking=False):
+                try:
+                    with contextlib.suppress(TransportError):  # the next exchange will see it
+                        self._link.send(Kind.ALIVE, {})
+                finally:
+                    self._turn.release()
 
 
-def connect(address: ServerAddress) -> socket.socket:
-    """Opens a TCP connection to the server; raises `ServerUnreachableError`, naming the setting to change."""
-    try:
-        connection = socket.create_connection((address.host, address.port), timeout=address.connect_timeout_s)
-    except OSError as error:
-        raise ServerUnreachableError(
-            f"host {socket.gethostname()} cannot reach the parameter server at {address.host}:{address.port} "
-            f"({error}); set server_host (or spark.tensorspark.server.host) to an address of the driver that executors "
-            f"can reach, and server_port (or spark.tensorspark.server.port) to a port that no firewall closes"
-        ) from error
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    return connection
+def _push_header(push: Push) -> dict[str, object]:
+    return {
+        "sequence": push.sequence,
+        "epoch": push.cursor.epoch,
+        "batch": push.cursor.batch,
+        "num_steps": push.num_steps,
+        "num_samples": push.num_samples,
+        "version": push.version,
+        "sums": dict(push.sums),
+        "progress": push.progress,
+    }
 
 
 def _tail(text: str, num_bytes: int = _MAX_TRACEBACK_BYTES) -> str:

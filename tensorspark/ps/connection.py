@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,12 +38,26 @@ class Connection:
     Args:
         number: never used twice on one server.
         deadline_s: for the rest of a frame once it has begun, and for each write.
+        may_take_last: whether a push of this worker may take the pool's last buffer, see `BufferPool`.
+
+    Attributes:
+        heard_at: when the worker's last frame began or ended, on the monotonic clock.
+        is_held_up: whether a push waits for a buffer, so that nothing of the worker is read.
     """
 
     def __init__(
-        self, number: int, stream: IOStream, layout: WeightLayout, pool: BufferPool, deadline_s: float
+        self,
+        number: int,
+        stream: IOStream,
+        layout: WeightLayout,
+        pool: BufferPool,
+        deadline_s: float,
+        may_take_last: Callable[[], bool] = lambda: True,
     ) -> None:
         self.number = number
+        self.heard_at = time.monotonic()
+        self.is_held_up = False
+        self._may_take_last = may_take_last
         self._stream = stream
         self._layout = layout
         self._pool = pool
@@ -57,6 +72,7 @@ class Connection:
             TimeoutError: a frame began and did not end within the deadline.
         """
         data = await self._stream.read_bytes(protocol.PREFIX_BYTES)
+        self.heard_at = time.monotonic()
         prefix = protocol.decode_prefix(data, protocol.FROM_WORKER, self._layout.num_bytes)
         expected_bytes = self._layout.num_bytes if prefix.kind is Kind.PUSH else 0
         if prefix.payload_bytes != expected_bytes:
@@ -66,10 +82,15 @@ class Connection:
         async with asyncio.timeout(self._deadline_s):
             header = protocol.decode_header(await self._stream.read_bytes(prefix.header_bytes))
         payload = await self._read_payload() if expected_bytes else None
+        self.heard_at = time.monotonic()
         return Frame(prefix.kind, header, payload)
 
     async def _read_payload(self) -> Buffer:
-        buffer = await self._pool.take()
+        self.is_held_up = True
+        try:
+            buffer = await self._pool.take(self._may_take_last)
+        finally:
+            self.is_held_up = False
         try:
             async with asyncio.timeout(self._deadline_s):
                 await self._stream.read_into(buffer.data)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Frames: what a worker and the server say to each other after the HTTP upgrade to ``tensorspark/1``.
+"""Frames: what a worker and the server say to each other after the HTTP upgrade to ``tensorspark/2``.
 
 A frame is a fixed 16-byte prefix, a msgpack header (a map with string keys) and a raw payload::
 
@@ -33,7 +33,7 @@ from tensorspark.errors import (
 )
 
 MAGIC = b"TSPK"
-VERSION = 1
+VERSION = 2
 PATH = "/workers"
 UPGRADE = f"tensorspark/{VERSION}"
 PREFIX_BYTES = 16
@@ -44,20 +44,26 @@ _T = TypeVar("_T")
 
 
 class Kind(enum.IntEnum):
-    """What a frame says. Workers send the first five, the server the others."""
+    """What a frame says. Workers send the first six, the server the others.
+
+    ALIVE and WAIT say nothing but that their sender lives: the worker while it computes, the server while it has a
+    worker wait.
+    """
 
     REGISTER = 1
     PULL = 2
     PUSH = 3
     FINISH = 4
     FAIL = 5
+    ALIVE = 6
     GRANTED = 16
     SNAPSHOT = 17
     ACCEPTED = 18
     REFUSED = 19
+    WAIT = 20
 
 
-FROM_WORKER = frozenset({Kind.REGISTER, Kind.PULL, Kind.PUSH, Kind.FINISH, Kind.FAIL})
+FROM_WORKER = frozenset({Kind.REGISTER, Kind.PULL, Kind.PUSH, Kind.FINISH, Kind.FAIL, Kind.ALIVE})
 FROM_SERVER = frozenset(Kind) - FROM_WORKER
 
 _REFUSALS: dict[str, type[RefusedError]] = {

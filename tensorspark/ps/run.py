@@ -5,38 +5,42 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Executor
 
-from tornado.iostream import StreamClosedError
+from tornado.iostream import IOStream, StreamClosedError
 
-from tensorspark.errors import CombinerError, NonFiniteError, ProtocolError, RefusedError, TensorsparkError
-from tensorspark.history import Point, WorkerReport
+from tensorspark.errors import ProtocolError, TensorsparkError
+from tensorspark.history import Point, Recorder, WorkerReport
 from tensorspark.ps import protocol
 from tensorspark.ps.buffers import BufferPool, SnapshotStore
+from tensorspark.ps.checkpoint import RunCheckpoint
 from tensorspark.ps.connection import Connection, Frame
-from tensorspark.ps.protocol import Kind
-from tensorspark.ps.state import (
+from tensorspark.ps.messages import (
     Accept,
+    Close,
     Cursor,
     Decision,
+    Fold,
     Grant,
-    Merge,
+    Keep,
+    Publish,
     Push,
     Refuse,
     Registration,
-    RunState,
     SendSnapshot,
     Status,
 )
-from tensorspark.weights.combiners import WeightCombiner
+from tensorspark.ps.protocol import Kind
+from tensorspark.ps.rounds import Rounds
+from tensorspark.ps.state import RunState
+from tensorspark.ps.sync import SyncPlan
+from tensorspark.weights.combiners import CombinerState, WeightCombiner
 from tensorspark.weights.layout import Buffer, WeightLayout
 
 logger = logging.getLogger(__name__)
 
-# A larger merge, or one in a user's code, leaves the loop to another thread; for others the change costs more than it.
-_MERGE_INLINE_BYTES = 2**20
+_TICK_S = 0.25
 
 
 class Run:
@@ -45,7 +49,11 @@ class Run:
     Args:
         number: of the run on its server, from 1.
         weights: initial weights, copied.
-        executor: runs large merges, one at a time.
+        executor: does the arithmetic of large weights, one step at a time.
+        io_timeout_s: deadline of one transfer.
+        lease_timeout_s: a connection that says nothing for so long, while nobody has it wait, is closed.
+        sync: how workers are kept in step.
+        resume: where a restored run stood; `weights` are its weights.
     """
 
     def __init__(
@@ -58,33 +66,82 @@ class Run:
         *,
         receive_buffer_bytes: int,
         executor: Executor,
+        io_timeout_s: float = 120.0,
+        lease_timeout_s: float = 60.0,
+        sync: SyncPlan | None = None,
+        resume: RunCheckpoint | None = None,
     ) -> None:
+        version = resume.version if resume else 0
         self.layout = layout
         self.pool = BufferPool(layout, receive_buffer_bytes)
-        self.store = SnapshotStore(self.pool, weights)
-        self.state = RunState(number, layout, num_partitions)
+        self.store = SnapshotStore(self.pool, weights, version)
+        self.state = RunState(
+            number,
+            layout,
+            num_partitions,
+            sync,
+            partitions=resume.partitions if resume else (),
+            version=version,
+            recorder=Recorder(points=resume.points) if resume else None,
+        )
         self._combiner = combiner
-        self._executor = executor
-        self._merges_inline = combiner.is_elementwise and layout.num_bytes <= _MERGE_INLINE_BYTES
+        self._rounds = Rounds(layout, combiner, self.pool, self.store, executor, self)
+        self._io_timeout_s = io_timeout_s
+        self._lease_timeout_s = lease_timeout_s
         self._connections: dict[int, Connection] = {}
-        self._merges: deque[tuple[Merge, Buffer]] = deque()
-        self._merging: asyncio.Task[None] | None = None
-        self._started_at = time.monotonic()
+        self._started_at = time.monotonic() - (resume.seconds if resume else 0.0)
+        self._watching = asyncio.get_running_loop().create_task(self._watch())
 
-    async def serve(self, connection: Connection) -> None:
-        """Answers a worker's frames until it goes, or sends what is not a frame."""
-        self._connections[connection.number] = connection
+    async def serve(self, number: int, stream: IOStream) -> None:
+        """Answers a worker's frames until it goes, or sends what is not a frame.
+
+        Args:
+            number: of the connection, never used twice on one server.
+            stream: upgraded, nothing of its frames read yet.
+        """
+        connection = Connection(
+            number,
+            stream,
+            self.layout,
+            self.pool,
+            self._io_timeout_s,
+            may_take_last=lambda: self.state.may_take_last_buffer(number),
+        )
+        self._connections[number] = connection
         try:
             while True:
                 self._handle(connection, await connection.read())
         except StreamClosedError:
             pass
         except (ProtocolError, TimeoutError) as error:
-            logger.warning("connection %d closed: %s", connection.number, error or "a frame did not end in time")
+            logger.warning("connection %d closed: %s", number, error or "a frame did not end in time")
         finally:
             connection.close()
-            del self._connections[connection.number]
-            self._execute(self.state.disconnect(connection.number))
+            del self._connections[number]
+            self._execute(self.state.disconnect(number, time.monotonic()))
+
+    def capture(self) -> asyncio.Future[RunCheckpoint]:
+        """The run as it is between two rounds, which may take until the open one ends; weights are copied."""
+        # The cut may be made on the thread of the arithmetic: what it reads changes on the loop only while a round goes
+        # on, but for reports, which are replaced whole.
+        return self._rounds.between_rounds(self._cut)
+
+    def _cut(self) -> RunCheckpoint:
+        state = self._combiner.state()
+        slots = {name: slot.copy() for name, slot in state.slots.items()}
+        return RunCheckpoint(
+            layout=self.layout,
+            weights=self.store.current.buffer.copy(),
+            version=self.store.current.version,
+            seconds=time.monotonic() - self._started_at,
+            partitions=self.state.export(),
+            points=self.state.recorder.export(),
+            plan={},
+            combiner=type(self._combiner).__name__,
+            combiner_settings=self._combiner.settings,
+            combiner_state=CombinerState(slots, dict(state.values)),
+            is_complete=self.state.is_complete,
+        )
 
     def status(self) -> Status:
         return self.state.status()
@@ -98,9 +155,11 @@ class Run:
     def stop(self, failure: TensorsparkError | None = None) -> None:
         """Refuses whoever waits or comes later."""
         self._execute(self.state.stop(failure))
+        self._rounds.abandon()
 
     def close(self) -> None:
         """Stops, and closes the connections."""
+        self._watching.cancel()
         self.stop()
         for connection in list(self._connections.values()):
             connection.close()
@@ -112,7 +171,7 @@ class Run:
         elif frame.kind is Kind.PUSH:
             decisions = self._push(number, frame)
         elif frame.kind is Kind.REGISTER:
-            decisions = self.state.register(number, _registration(header))
+            decisions = self.state.register(number, _registration(header), time.monotonic())
         elif frame.kind is Kind.FINISH:
             decisions = self.state.finish(
                 number,
@@ -121,6 +180,8 @@ class Run:
                 step_s=protocol.field(header, "step_s", float),
                 sync_s=protocol.field(header, "sync_s", float),
             )
+        elif frame.kind is Kind.ALIVE:
+            return
         else:
             message, trace = protocol.field(header, "message", str), protocol.field(header, "traceback", str)
             decisions = self.state.fail(number, message, trace)
@@ -128,89 +189,94 @@ class Run:
 
     def _push(self, number: int, frame: Frame) -> list[Decision]:
         assert frame.payload is not None
-        merges = False
+        is_kept = False
         try:
-            decisions = self.state.push(number, _push(frame.header))
-            merges = any(isinstance(decision, Merge) for decision in decisions)
+            push = _push(frame.header)
+            decisions = self.state.push(number, push)
+            is_kept = Keep() in decisions
         finally:
-            if not merges:
+            if not is_kept:
                 self.pool.put_back(frame.payload)
-        for decision in decisions:
-            if isinstance(decision, Merge):
-                self._merges.append((decision, frame.payload))
+        if is_kept:
+            self._rounds.keep(number, push.sequence, frame.payload)
         return decisions
 
     def _execute(self, decisions: Sequence[Decision]) -> None:
         for decision in decisions:
-            if isinstance(decision, Merge):
-                self._pump()
-                continue
-            connection = self._connections.get(decision.connection)
-            if connection is None:
-                continue
-            if isinstance(decision, SendSnapshot):
-                self._send_snapshot(connection)
-            elif isinstance(decision, Accept):
-                connection.write(Kind.ACCEPTED, {"sequence": decision.sequence})
-            elif isinstance(decision, Refuse):
-                logger.info("connection %d refused: %s", connection.number, decision.error)
-                connection.write(Kind.REFUSED, protocol.refusal_header(decision.error))
-            else:
-                connection.write(Kind.GRANTED, _granted_header(decision))
+            if isinstance(decision, Fold | Publish):
+                self._rounds.submit(decision)
+            elif not isinstance(decision, Keep) and decision.connection in self._connections:
+                self._answer(self._connections[decision.connection], decision)
+        if decisions:
+            self.pool.serve_waiters()  # whose turn it is may have changed
+
+    def _answer(self, connection: Connection, decision: Grant | Refuse | SendSnapshot | Accept | Close) -> None:
+        if isinstance(decision, SendSnapshot):
+            self._send_snapshot(connection)
+        elif isinstance(decision, Accept):
+            connection.write(Kind.ACCEPTED, {"sequence": decision.sequence})
+        elif isinstance(decision, Refuse):
+            logger.info("connection %d refused: %s", connection.number, decision.error)
+            connection.write(Kind.REFUSED, protocol.refusal_header(decision.error))
+        elif isinstance(decision, Grant):
+            connection.write(Kind.GRANTED, _granted_header(decision))
+        else:
+            connection.close()
 
     def _send_snapshot(self, connection: Connection) -> None:
         snapshot = self.store.pin()
         header = {"version": snapshot.version}
         connection.write(Kind.SNAPSHOT, header, snapshot.buffer, lambda: self.store.unpin(snapshot))
 
-    # Merges, one after the other
+    # What came of folds and rounds
 
-    def _pump(self) -> None:
-        """Merges right here what is quickly merged, and leaves the rest to a task."""
-        if self._merging is not None:
-            return
-        if not self._merges_inline:
-            self._merging = asyncio.get_running_loop().create_task(self._merge_all())
-            return
-        while self._merges:
-            merge, buffer = self._merges.popleft()
-            self._conclude(merge, buffer, self._merge(merge, buffer))
+    def is_next(self, fold: Fold) -> bool:
+        return self.state.is_next(fold)
 
-    async def _merge_all(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            while self._merges:
-                merge, buffer = self._merges.popleft()
-                error = await loop.run_in_executor(self._executor, self._merge, merge, buffer)
-                self._conclude(merge, buffer, error)
-        finally:
-            self._merging = None
+    def on_folded(self, fold: Fold, error: TensorsparkError | None) -> None:
+        now = time.monotonic()
+        if error is None:
+            self.state.folded(fold, now - self._started_at)
+        else:
+            self._execute(self.state.not_folded(fold, error, now))
 
-    def _merge(self, merge: Merge, buffer: Buffer) -> RefusedError | CombinerError | None:
-        """Merges a push in place, and says what is wrong with it; then `buffer` holds nothing of use."""
-        if not self.state.is_next(merge):
-            return RefusedError("a push before this one was refused")
-        try:
-            finite = self._combiner.merge(self.layout, self.store.current.buffer, buffer, merge.partition)
-        except CombinerError as error:
-            return error
-        except Exception as error:
-            return CombinerError(f"{type(self._combiner).__name__}.merge raised {type(error).__name__}: {error}")
-        if finite:
-            return None
-        name = self.layout.find_non_finite(buffer)
-        return NonFiniteError(
-            f"NaN or infinity in {name}, pushed by partition {merge.partition}: the push was refused and the server's "
-            f"weights are as they were; look at the learning rate, and at the loss for log(0)"
-        )
+    def on_published(self, folds: list[Fold], error: TensorsparkError | None) -> None:
+        if error is None:
+            self._execute(self.state.published(folds, time.monotonic()))
+        else:
+            self.stop(error)
 
-    def _conclude(self, merge: Merge, buffer: Buffer, error: RefusedError | CombinerError | None) -> None:
-        if error is not None:
-            self.pool.put_back(buffer)
-            self._execute(self.state.not_merged(merge, error))
-            return
-        self.store.publish(buffer)
-        self._execute(self.state.merged(merge, time.monotonic() - self._started_at))
+    # Time
+
+    async def _watch(self) -> None:
+        """Lets deadlines pass, closes silent connections, and tells those that wait that the server lives."""
+        waits_told_at = time.monotonic()
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now = time.monotonic()
+            self._execute(self.state.tick(now))
+            self._close_silent(now)
+            if now - waits_told_at >= self._io_timeout_s / 4:
+                waits_told_at = now
+                self._tell_waiting()
+
+    def _close_silent(self, now: float) -> None:
+        for connection in list(self._connections.values()):
+            if now - connection.heard_at > self._lease_timeout_s and not self._is_waiting(connection):
+                logger.warning(
+                    "connection %d closed: its worker was silent for %g s (spark.tensorspark.lease.timeout)",
+                    connection.number,
+                    self._lease_timeout_s,
+                )
+                connection.close()
+
+    def _tell_waiting(self) -> None:
+        for connection in list(self._connections.values()):
+            if self._is_waiting(connection):
+                connection.write(Kind.WAIT, {})
+
+    def _is_waiting(self, connection: Connection) -> bool:
+        return connection.is_held_up or self.state.is_waiting(connection.number)
 
 
 def _registration(header: dict[str, object]) -> Registration:
@@ -220,6 +286,7 @@ def _registration(header: dict[str, object]) -> Registration:
         attempt=protocol.count(header, "attempt"),
         fingerprint=protocol.field(header, "fingerprint", str),
         host=protocol.field(header, "host", str),
+        is_resuming=protocol.field(header, "is_resuming", bool),
     )
 
 
@@ -230,6 +297,7 @@ def _push(header: dict[str, object]) -> Push:
         cursor=Cursor(protocol.count(header, "epoch"), protocol.count(header, "batch")),
         num_steps=protocol.count(header, "num_steps"),
         num_samples=protocol.count(header, "num_samples"),
+        version=protocol.count(header, "version"),
         sums={str(name): protocol.field(sums, name, float) for name in sums},
         progress=None if header.get("progress") is None else protocol.field(header, "progress", float),
     )

@@ -1,8 +1,18 @@
-"""Who may go on: the staleness gate, pure."""
+"""Who may go on: the staleness gate, pure.
+
+A *round* of a worker is a pull, its local steps and a push. With staleness k, a worker may begin a round only while it
+is at most k rounds ahead of the slowest worker that counts (the *floor*). These count: workers that hold a partition,
+and partitions whose worker died unfinished, until `recovery_timeout_s` after the death. A partition that ended, or that
+waits for a slot, holds nobody up; one that comes late joins at the floor.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -11,8 +21,8 @@ class SyncPlan:
 
     Attributes:
         staleness: rounds that the fastest worker may lead the slowest that runs: 0 is bulk-synchronous, more is
-            stale-synchronous (SSP, Ho et al. 2013), None asynchronous.
-        num_first: workers that the first round waits for.
+            stale-synchronous (SSP, Ho et al. 2013), None asynchronous (Downpour, Dean et al. 2012).
+        num_first: workers that the first round waits for, unless it is asynchronous.
         start_timeout_s: how long it waits for them, from the first one on.
         recovery_timeout_s: how long a partition whose worker died holds up the others.
     """
@@ -21,3 +31,125 @@ class SyncPlan:
     num_first: int = 1
     start_timeout_s: float = 60.0
     recovery_timeout_s: float = 120.0
+
+    @property
+    def is_bulk(self) -> bool:
+        return self.staleness == 0
+
+
+class Gate:
+    """Rounds of the workers that count.
+
+    Times are seconds of the caller's monotonic clock.
+
+    Args:
+        rounds: by partition, the round to begin with: zeros, or those of a restored run.
+        ended: partitions that a restored run has trained to their end.
+    """
+
+    def __init__(self, plan: SyncPlan, rounds: Sequence[int], ended: frozenset[int] = frozenset()) -> None:
+        self._plan = plan
+        self._rounds = list(rounds)
+        self._running: set[int] = set()
+        self._lost_at: dict[int, float] = {}
+        self._given_up: set[int] = set()
+        self._came: set[int] = set()
+        self._first_came_at: float | None = None
+        self._floor = min((count for index, count in enumerate(rounds) if index not in ended), default=0)
+        self.has_begun = plan.staleness is None
+
+    @property
+    def counted(self) -> set[int]:
+        """Partitions that count."""
+        return self._running | self._lost_at.keys()
+
+    @property
+    def num_counted(self) -> int:
+        return len(self._running) + len(self._lost_at)
+
+    @property
+    def num_lost(self) -> int:
+        return len(self._lost_at) + len(self._given_up)
+
+    def round_of(self, partition: int) -> int:
+        return self._rounds[partition]
+
+    def may_begin(self, partition: int) -> bool:
+        """Whether the partition's worker may begin its round."""
+        if self._plan.staleness is None:
+            return True
+        return self.has_begun and self._rounds[partition] - self._floor <= self._plan.staleness
+
+    def join(self, partition: int, now: float, *, is_finished: bool = False) -> None:
+        """A worker holds the partition: its first, a successor, or one that comes to a partition already finished."""
+        self._came.add(partition)
+        if self._first_came_at is None:
+            self._first_came_at = now
+        if not self.has_begun and len(self._came) >= self._plan.num_first:
+            self.has_begun = True
+        if is_finished:
+            return
+        if partition not in self._lost_at:
+            self._rounds[partition] = max(self._rounds[partition], self._floor)
+        if partition in self._given_up:
+            logger.warning("partition %d is back after its recovery timeout, and counts again", partition)
+        self._lost_at.pop(partition, None)
+        self._given_up.discard(partition)
+        self._running.add(partition)
+
+    def lose(self, partition: int, now: float) -> None:
+        """The worker died before the partition's end."""
+        if partition in self._running:
+            self._running.remove(partition)
+            self._lost_at[partition] = now
+
+    def end(self, partition: int) -> None:
+        """The partition is trained to its end."""
+        self._running.discard(partition)
+        self._raise_floor()
+
+    def advance(self, partitions: set[int]) -> None:
+        """Pushes of these partitions were published: their next round is due."""
+        for partition in partitions:
+            self._rounds[partition] += 1
+        self._raise_floor()
+
+    def tick(self, now: float) -> bool:
+        """Lets deadlines pass; returns whether one did, so that somebody may go on."""
+        return self._begin_without_absent(now) | self._give_up_lost(now)
+
+    def _begin_without_absent(self, now: float) -> bool:
+        if self.has_begun or self._first_came_at is None:
+            return False
+        if now - self._first_came_at < self._plan.start_timeout_s:
+            return False
+        self.has_begun = True
+        logger.warning(
+            "the first round begins with %d of %d workers: the others did not come within %g s of the first "
+            "(spark.tensorspark.start.timeout) and will join later",
+            len(self._came),
+            self._plan.num_first,
+            self._plan.start_timeout_s,
+        )
+        return True
+
+    def _give_up_lost(self, now: float) -> bool:
+        overdue = [partition for partition, at in self._lost_at.items() if now - at >= self._plan.recovery_timeout_s]
+        for partition in overdue:
+            del self._lost_at[partition]
+            self._given_up.add(partition)
+            if self._plan.staleness is not None:
+                logger.warning(
+                    "no successor came for the lost worker of partition %d within %g s "
+                    "(spark.tensorspark.recovery.timeout): the others go on without it until one comes",
+                    partition,
+                    self._plan.recovery_timeout_s,
+                )
+        self._raise_floor()
+        return bool(overdue)
+
+    def _raise_floor(self) -> None:
+        if self._plan.staleness is not None and self.num_counted:
+            rounds = [self._rounds[partition] for partition in self._running]
+            rounds += [self._rounds[partition] for partition in self._lost_at]
+            self._floor = max(self._floor, min(rounds))

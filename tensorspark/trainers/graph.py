@@ -153,6 +153,13 @@ def assign(session: tf.Session, layout: WeightLayout, weights: Buffer) -> None:
     GraphVariables(session.graph, session).load(layout.views(weights))
 
 
+def difference(session: tf.Session, layout: WeightLayout) -> str:
+    """Says which of the layout's tensors are not, as they stand there, variables of the session's graph."""
+    variables = GraphVariables(session.graph, session)
+    found = {spec: variables.spec(spec.name) for spec in layout.specs}
+    return "; ".join(f"expected {spec}, got {have or 'none'}" for spec, have in found.items() if have != spec)
+
+
 class GraphTrainer(Trainer):
     """A session in an executor's process, rebuilt from `GraphSpec.build`'s content."""
 

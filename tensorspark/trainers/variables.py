@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tensorspark.errors import GraphError
 from tensorspark.trainers.startup import quiet
+from tensorspark.weights.layout import TensorSpec
 
 with quiet():
     import tensorflow.compat.v1 as tf
@@ -26,6 +27,14 @@ class GraphVariables:
     def __init__(self, graph: tf.Graph, session: tf.Session) -> None:
         self._session = session
         self._by_name = {op.outputs[0].name: op for op in graph.get_operations() if op.type in _VARIABLE_OPS}
+
+    def spec(self, name: str) -> TensorSpec | None:
+        """A variable's name, shape (None sizes as -1) and dtype; None where the graph has no such variable."""
+        op = self._by_name.get(name)
+        if op is None:
+            return None
+        shape = tuple(tf.TensorShape(op.get_attr("shape")).as_list())
+        return TensorSpec(name, tuple(-1 if size is None else size for size in shape), op.get_attr("dtype").name)
 
     def read_tensor(self, name: str) -> tf.Tensor:
         op = self._by_name[name]

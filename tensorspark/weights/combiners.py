@@ -8,11 +8,18 @@ the original Tensorspark's interface, what a subclass of your own writes, and wh
 | `DeltaWeightCombiner` | delta: local weights - pulled weights | w + delta (Downpour SGD, Dean et al. 2012) |
 | `MeanWeightCombiner(num)` | weights | ((num - 1) w + pushed) / num: a moving average |
 | `UpdateMeanWeightCombiner` | weights | pushed at first, then (w + pushed) / 2 |
+| `averaging.MeanDeltaCombiner` | delta | w + mean of the deltas, or by samples (FedAvg, McMahan et al. 2017) |
+| `averaging.StalenessScaledCombiner` | delta | w + delta / (1 + its staleness) (after Zhang et al. 2016) |
+| `elastic.ElasticAveragingCombiner(moving_rate)` | elastic difference | w + difference (EASGD, Zhang et al. 2015) |
+| `server_optimizers.ServerSGD`, `.ServerAdagrad`, `.ServerAdam` | delta | an optimizer's step along the mean of the \
+deltas (FedOpt, Reddi et al. 2021; DiLoCo, Douillard et al. 2023) |
+
+The first three are here and have a `compute`; the others, in modules of their own, merge whole rounds (`rounds`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -20,9 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorspark.errors import CombinerError
+from tensorspark.weights.blocks import blocks, is_finite, is_integer
 from tensorspark.weights.layout import Buffer, WeightLayout
 
-_BLOCK_BYTES = 2**18  # stays in a core's second-level cache between the merge and the check for NaN
+_OURS = "tensorspark.weights."
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,8 @@ class WeightCombiner:
 
     The server takes pushes in *rounds*: one push each where workers are asynchronous, those of all running workers, in
     the order of their partitions, where they are bulk-synchronous. It calls `fold` for each push and `finish` at the
-    end; what `finish` leaves is the next version of the weights. Here `fold` calls `merge`, one push on top of the other.
+    end; what `finish` leaves is the next version of the weights. Here `fold` calls `merge`, one push on top of the
+    other.
 
     One thread calls a combiner at a time. An instance belongs to one session; `reset_value` makes it forget.
 
@@ -117,7 +126,7 @@ class WeightCombiner:
             pushed: weights or a delta, as `pushes` says.
 
         Returns:
-            Whether the push and what came of it is finite. If not, the push is refused and `partial` is still the round.
+            Whether the push and what came of it is finite. If not, the push is refused; `partial` is still the round.
 
         Raises:
             CombinerError: see `merge`.
@@ -159,12 +168,12 @@ class WeightCombiner:
         """
         origins, updates = layout.views(current), layout.views(pushed)
         for name, update in updates.items():
-            if not _is_finite(update.reshape(-1)):
+            if not is_finite(update.reshape(-1)):
                 return False
             result = self._checked(origins[name], self._new_weight(origins[name], update), worker_id, name)
             with np.errstate(invalid="ignore", over="ignore"):
                 update[...] = result
-            if not _is_finite(update.reshape(-1)):
+            if not is_finite(update.reshape(-1)):
                 raise CombinerError(f"{type(self).__name__} made NaN or infinity in {name} from finite weights")
         return True
 
@@ -195,20 +204,20 @@ class ElementwiseCombiner(WeightCombiner):
         raise NotImplementedError
 
     def merge(self, layout: WeightLayout, current: Buffer, pushed: Buffer, worker_id: int) -> bool:
-        if not self.is_elementwise:
+        if not type(self).compute.__module__.startswith(_OURS):
+            # `update` does not say what a subclass's own `compute` says.
             return super().merge(layout, current, pushed, worker_id)
         with np.errstate(invalid="ignore", over="ignore"):
-            for dtype, block in _blocks(layout):
+            for dtype, block in blocks(layout):
                 result = pushed[block].view(dtype)
                 self.update(current[block].view(dtype), result)
-                if not _is_finite(result):
+                if not is_finite(result):
                     return False
         return True
 
     @property
     def is_elementwise(self) -> bool:
-        # Where a subclass brings a `compute` of its own, `update` does not say what it says.
-        return type(self).compute.__module__ == __name__
+        return is_ours(type(self))
 
 
 class DeltaWeightCombiner(ElementwiseCombiner):
@@ -261,6 +270,9 @@ class MeanWeightCombiner(ElementwiseCombiner):
 
     Args:
         num: usually the number of workers; at least 1.
+
+    >>> MeanWeightCombiner(4).compute(np.array([8.0]), np.array([12.0])).tolist()
+    [9.0]
     """
 
     def __init__(self, num: int) -> None:
@@ -278,6 +290,10 @@ class MeanWeightCombiner(ElementwiseCombiner):
         updated: NDArray[Any] = ((self._num - 1) * origin_weight + new_weight) / self._num
         return updated
 
+    @property
+    def settings(self) -> dict[str, int | float | str | bool]:
+        return {"num": self._num}
+
     def update(self, current: NDArray[Any], pushed: NDArray[Any]) -> None:
         _mean(current, pushed, self._num)
 
@@ -287,12 +303,18 @@ class UpdateMeanWeightCombiner(ElementwiseCombiner):
 
     Args:
         server: taken for the original's programs, which passed their server; not needed.
+
+    >>> combiner = UpdateMeanWeightCombiner()
+    >>> combiner.compute(np.array([0.0]), np.array([4.0])).tolist(), combiner.compute(
+    ...     np.array([4.0]), np.array([5.0])).tolist()
+    ([4.0], [4.5])
     """
+
+    _has_merged = False  # whether any push is in the weights
 
     def __init__(self, server: object = None) -> None:
         del server
-        self._seen: set[str | None] = set()
-        self._merged = False
+        self._seen: set[str | None] = set()  # tensors of which `compute` has had one
 
     def compute(
         self,
@@ -309,33 +331,52 @@ class UpdateMeanWeightCombiner(ElementwiseCombiner):
 
     def reset_value(self) -> None:
         self._seen = set()
-        self._merged = False
+        self._has_merged = False
+
+    def state(self) -> CombinerState:
+        return CombinerState(values={"has_merged": self._has_merged})
+
+    def restore_state(self, layout: WeightLayout, state: CombinerState) -> None:
+        self.reset_value()
+        self._has_merged = bool(state.values.get("has_merged"))
+
+    def fold(
+        self, layout: WeightLayout, current: Buffer, partial: Buffer | None, pushed: Buffer, contribution: Contribution
+    ) -> bool:
+        has_merged = self._has_merged
+        self._has_merged = has_merged or partial is not None
+        try:
+            return super().fold(layout, current, partial, pushed, contribution)
+        finally:
+            self._has_merged = has_merged  # until `finish`: a round that is given up leaves nothing in the weights
+
+    def finish(self, layout: WeightLayout, current: Buffer, folded: Buffer, num_pushes: int, num_workers: int) -> bool:
+        self._has_merged = True
+        return True
 
     def merge(self, layout: WeightLayout, current: Buffer, pushed: Buffer, worker_id: int) -> bool:
+        self._seen = {spec.name for spec in layout.specs} if self._has_merged else set()
         finite = super().merge(layout, current, pushed, worker_id)
-        self._merged = self._merged or finite  # a refused push is not the first
+        self._has_merged = self._has_merged or finite  # a refused push is not the first
         return finite
 
     def update(self, current: NDArray[Any], pushed: NDArray[Any]) -> None:
-        if self._merged:
+        if self._has_merged:
             _mean(current, pushed, 2)
+
+
+def is_ours(combiner: type[WeightCombiner]) -> bool:
+    """Whether all of a combiner's methods but `__init__` are written in this package."""
+    theirs = [cls for cls in combiner.__mro__ if not cls.__module__.startswith(_OURS)]
+    return not any(
+        inspect.isfunction(value) for cls in theirs for name, value in vars(cls).items() if name != "__init__"
+    )
 
 
 def _mean(current: NDArray[Any], pushed: NDArray[Any], num: int) -> None:
     """Writes ((num - 1) current + pushed) / num over `pushed`; integers (a step counter, say) round towards zero."""
-    if pushed.dtype.kind in "iu":  # in their own dtype the sum could wrap
+    if is_integer(pushed.dtype):  # in their own dtype the sum could wrap
         np.divide(current * float(num - 1) + pushed, num, out=pushed, casting="unsafe")
         return
     np.add(pushed, current * current.dtype.type(num - 1), out=pushed)
     np.divide(pushed, num, out=pushed, casting="unsafe")
-
-
-def _is_finite(block: NDArray[Any]) -> bool:
-    """Whether a flat block holds neither NaN nor infinity."""
-    return block.dtype.kind in "iu" or bool(np.isfinite(block).all())
-
-
-def _blocks(layout: WeightLayout) -> Iterator[tuple[np.dtype[Any], slice]]:
-    for segment in layout.segments:
-        for start in range(segment.start, segment.stop, _BLOCK_BYTES):
-            yield segment.dtype, slice(start, min(start + _BLOCK_BYTES, segment.stop))

@@ -132,6 +132,20 @@ class WeightLayout:
                 return spec.name
         return None
 
+    def difference(self, other: WeightLayout) -> str:
+        """Says which tensors differ from `other`'s, as expected and got; empty if none do.
+
+        >>> ours = WeightLayout([TensorSpec("W", (2,), "float32"), TensorSpec("b", (2,), "float32")])
+        >>> ours.difference(WeightLayout([TensorSpec("W", (3,), "float32")]))
+        'expected W float32[2], got W float32[3]; expected b float32[2], got none'
+        """
+        mine = {spec.name: spec for spec in self.specs}
+        theirs = {spec.name: spec for spec in other.specs}
+        names = [name for name in dict.fromkeys([*mine, *theirs]) if mine.get(name) != theirs.get(name)]
+        if not names and self.fingerprint != other.fingerprint:
+            return f"expected the order {', '.join(mine)}, got {', '.join(theirs)}"
+        return "; ".join(f"expected {mine.get(name, 'none')}, got {theirs.get(name, 'none')}" for name in names)
+
     def require_same(self, fingerprint: str) -> None:
         """Raises `LayoutMismatchError` where another side's fingerprint differs."""
         if fingerprint != self.fingerprint:

@@ -19,14 +19,14 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tensorspark.data import staging
+from tensorspark.data import filesystem, staging
+from tensorspark.data.filesystem import open_filesystem
 from tensorspark.data.staging import (
     StagedFile,
     StagingDirectory,
     fetch,
     local_run_dir,
     make_local_run_dir,
-    open_filesystem,
     remove_local,
 )
 from tensorspark.errors import StagingError
@@ -269,7 +269,7 @@ def test_filesystem_that_does_not_answer_gives_an_error_at_the_deadline(base: Pa
     answer = threading.Event()
 
     with pytest.raises(StagingError, match=r"spark\.hdfs\.dir: could not stat 'slow://a': no answer within 0\.2 s"):
-        staging._attempt("stat", "slow://a", answer.wait, 0.2)
+        filesystem.attempt("stat", "slow://a", answer.wait, 0.2)
     answer.set()
 
 
@@ -297,7 +297,7 @@ def test_errors_of_filesystems_say_what_to_check(error: Exception, expected: str
         raise error
 
     with pytest.raises(StagingError, match=re.escape(expected)):
-        staging._attempt("stat", "x://a", fail, 10)
+        filesystem.attempt("stat", "x://a", fail, 10)
 
 
 # --- the local directory ----------------------------------------------------------------------------------------------
@@ -515,7 +515,7 @@ def test_retries_that_the_cluster_configuration_sets_are_left_alone(
     (tmp_path / "hdfs-site.xml").write_text(ONE_ATTEMPT)
     monkeypatch.setenv("HADOOP_CONF_DIR", str(tmp_path))
 
-    assert staging._hadoop_site_settings() == {"dfs.client.failover.max.attempts"}
+    assert filesystem._hadoop_site_settings() == {"dfs.client.failover.max.attempts"}
 
 
 @pytest.mark.hdfs
@@ -538,7 +538,7 @@ def test_name_node_that_never_answers_gives_an_error_in_bounded_time(
     (tmp_path / "hdfs-site.xml").write_text(ONE_ATTEMPT)
     (tmp_path / "core-site.xml").write_text("<configuration></configuration>")
     monkeypatch.setenv("HADOOP_CONF_DIR", str(tmp_path))
-    monkeypatch.setattr(staging, "_CONNECT_DEADLINE_S", 0.5)
+    monkeypatch.setattr(filesystem, "CONNECT_DEADLINE_S", 0.5)
 
     with (
         socket.create_server(("127.0.0.1", 0)) as silent,

@@ -31,7 +31,7 @@ from tensorspark.ps import protocol
 from tensorspark.ps.client import ParameterClient, ServerAddress
 from tensorspark.ps.protocol import Kind
 from tensorspark.ps.server import ParameterServer
-from tensorspark.ps.state import Cursor, Push, Registration
+from tensorspark.ps.messages import Cursor, Push, Registration
 from tensorspark.weights.combiners import DeltaWeightCombiner, MeanWeightCombiner, WeightCombiner
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 
@@ -58,7 +58,7 @@ class Cluster:
     def __init__(self, server: ParameterServer, run: int) -> None:
         self.server = server
         self.run = run
-        self.address = ServerAddress("127.0.0.1", server.port, server.token, connect_timeout_s=5, io_timeout_s=10)
+        self.address = ServerAddress("127.0.0.1", server.port, server.token, connect_timeout_s=5, io_timeout_s=10, reconnect_timeout_s=0)
         self._clients: list[ParameterClient] = []
 
     def connect(self, address: ServerAddress | None = None) -> ParameterClient:
@@ -208,7 +208,7 @@ def test_a_worker_whose_push_broke_off_sends_nothing_that_could_pass_for_its_res
     cluster = start(LARGE)
     worker = cluster.worker()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "_socket", _Breaking(worker._socket, LARGE.num_bytes - 200))
+        patch.setattr(worker._link, "_socket", _Breaking(worker._link._socket, LARGE.num_bytes - 200))
         with pytest.raises(ConnectionLostError):
             worker.push(filled(LARGE, 1), push_of(1))
         worker.report("ConnectionLostError", "Traceback " + "x" * 1000)
@@ -224,11 +224,11 @@ class _Breaking:
         self._wrapped = wrapped
         self._limit = limit
 
-    def sendall(self, data: Any) -> None:
+    def send(self, data: Any) -> int:
         if len(data) > self._limit:
             self._wrapped.sendall(data[: self._limit])
             raise TimeoutError
-        self._wrapped.sendall(data)
+        return self._wrapped.send(data)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._wrapped, name)
@@ -272,7 +272,7 @@ def test_a_standby_that_pulls_is_refused(start: Start) -> None:
     cluster = start()
     cluster.worker(attempt=1)
     standby = cluster.connect()
-    standby._send(Kind.REGISTER, vars(cluster.registration(attempt=2)))
+    standby._link.send(Kind.REGISTER, vars(cluster.registration(attempt=2)))
     with pytest.raises(LeaseLostError):
         standby.pull(SMALL.allocate())
 
@@ -333,7 +333,8 @@ def test_only_liveness_is_open(start: Start) -> None:
     assert status == 200
     assert '"num_partitions": 4' in body
     assert get(cluster, "/workers", token=cluster.server.token)[0] == 426
-    assert get(cluster, "/other")[0] == 404
+    assert get(cluster, "/other")[0] == 401
+    assert get(cluster, "/other", token=cluster.server.token)[0] == 404
 
 
 def test_a_wrong_token_is_an_authentication_error(start: Start) -> None:
@@ -373,9 +374,9 @@ def test_a_bad_frame_closes_its_connection_and_touches_nothing_else(
 ) -> None:
     cluster = start(partitions=2)
     other, bad = cluster.worker(1), cluster.worker(0)
-    bad._socket.sendall(frame)
+    bad._link._socket.sendall(frame)
     with pytest.raises(ConnectionLostError):
-        bad._receive(Kind.ACCEPTED)
+        bad._link.receive(Kind.ACCEPTED)
     other.push(filled(SMALL, 1), push_of(1))
     other.flush()
     assert cluster.weights() == {3}
@@ -388,7 +389,7 @@ def test_a_truncated_push_leaves_no_trace_and_gives_its_buffer_back(start: Start
     cluster = start(receive_buffer_bytes=0)
     frame = protocol.encode(Kind.PUSH, {"sequence": 1}, SMALL.num_bytes) + bytes(SMALL.num_bytes)
     bad = cluster.worker(0)
-    bad._socket.sendall(frame[:num_bytes])
+    bad._link._socket.sendall(frame[:num_bytes])
     bad.close()
     worker = cluster.worker(1)
     worker.push(filled(SMALL, 1), push_of(1))
@@ -400,20 +401,20 @@ def test_a_push_that_stalls_is_cut_off_at_its_deadline(start: Start) -> None:
     cluster = start(LARGE, receive_buffer_bytes=0, io_timeout_s=0.3)
     stalled, other = [cluster.worker(partition) for partition in (0, 1)], cluster.worker(2)
     for worker in stalled:  # each takes one of the two buffers that are free beside the current snapshot's
-        worker._socket.sendall(protocol.encode(Kind.PUSH, {"sequence": 1}, LARGE.num_bytes) + bytes(1000))
+        worker._link._socket.sendall(protocol.encode(Kind.PUSH, {"sequence": 1}, LARGE.num_bytes) + bytes(1000))
     other.push(filled(LARGE, 1), push_of(1))
     other.flush()
     assert cluster.weights() == {3}
     for worker in stalled:
         with pytest.raises(ConnectionLostError):
-            worker._receive(Kind.ACCEPTED)
+            worker._link.receive(Kind.ACCEPTED)
 
 
 def test_a_puller_that_does_not_read_holds_nobody_up_beyond_its_deadline(start: Start) -> None:
     layout = WeightLayout([TensorSpec("W:0", (8_000_000,), "float32")])
     cluster = start(layout, io_timeout_s=0.5)
     for partition in (0, 1):
-        cluster.worker(partition)._send(Kind.PULL, {})  # and never reads the snapshot
+        cluster.worker(partition)._link.send(Kind.PULL, {})  # and never reads the snapshot
         worker = cluster.worker(2 + partition)
         worker.push(filled(layout, 1), push_of(1))
         worker.flush()

@@ -1,0 +1,87 @@
+"""One run on the driver, once the server has it: the Spark job, watched, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from pyspark import RDD, TaskContext
+
+from tensorspark.driver.feeding import require_whole_partitions
+from tensorspark.driver.jobs import SparkJob, summary
+from tensorspark.driver.progress import ProgressLine
+from tensorspark.errors import FeedError, WorkerFailedError
+from tensorspark.history import WorkerReport
+from tensorspark.ps.server import ParameterServer
+from tensorspark.worker import WorkerJob, run_partition
+
+_POLL_S = 0.1
+_FAILED_JOB_GRACE_S = 1.0
+
+
+def run_job(
+    feed_rdd: RDD[Any], job: WorkerJob, server: ParameterServer, line: ProgressLine, *, group: str, description: str
+) -> None:
+    """Trains the feed's partitions in one Spark job, to its end or the first failure, showing progress.
+
+    Args:
+        group, description: of the job, for Spark's web page.
+
+    Raises:
+        WorkerFailedError, CombinerError: what a worker or the combiner reported, else what Spark says.
+    """
+    tasks = feed_rdd.mapPartitionsWithIndex(_task(job))
+    require_whole_partitions(tasks)
+    try:
+        with SparkJob(tasks.context, tasks.count, group=group, description=description) as spark_job:
+            while not spark_job.wait(_POLL_S):
+                line.show(server.status())
+                if server.failure() is not None:
+                    spark_job.cancel()
+                    spark_job.wait(_FAILED_JOB_GRACE_S)
+                    break
+        _raise_failure(server, spark_job.error)
+    except BaseException:
+        line.abandon()
+        raise
+    line.show(server.status(), last=True)
+
+
+def require_trained(workers: tuple[WorkerReport, ...]) -> None:
+    """Checks a job that Spark calls done.
+
+    Raises:
+        WorkerFailedError: every push was refused, or a partition was not trained to its end.
+        FeedError: the feed has no rows.
+    """
+    unfinished = [worker.partition for worker in workers if not worker.finished]
+    if unfinished:
+        raise WorkerFailedError(
+            f"Spark calls the job done, but no worker has trained partitions {unfinished} to their end: does the feed "
+            f"end its rows early, with a limit for example?",
+            partition=unfinished[0],
+        )
+    if any(worker.num_applied for worker in workers):
+        return
+    num_refused = sum(worker.num_refused for worker in workers)
+    if num_refused:
+        raise WorkerFailedError(f"nothing was trained: all {num_refused} pushes were refused")
+    raise FeedError("the feed has no rows: nothing was trained; look at what filters it")
+
+
+def _task(job: WorkerJob) -> Callable[[int, Iterable[Any]], Iterator[None]]:
+    def train(partition: int, rows: Iterable[Any]) -> Iterator[None]:
+        context = TaskContext.get()
+        assert context is not None
+        run_partition(job, partition, context.taskAttemptId(), rows)
+        return iter(())
+
+    return train
+
+
+def _raise_failure(server: ParameterServer, job_error: BaseException | None) -> None:
+    reported = server.failure()
+    if reported is not None:
+        raise reported from job_error
+    if job_error is not None:
+        raise WorkerFailedError(f"Spark gave the training job up: {summary(job_error)}") from job_error

@@ -1,0 +1,218 @@
+"""Carries out what `RunState` decides about weights: folds pushes into rounds and publishes them, one by one."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Protocol, TypeVar
+
+from tensorspark.errors import CombinerError, NonFiniteError, RefusedError, TensorsparkError
+from tensorspark.ps.buffers import BufferPool, SnapshotStore
+from tensorspark.ps.messages import Fold, Publish
+from tensorspark.weights.combiners import Contribution, WeightCombiner
+from tensorspark.weights.layout import Buffer, WeightLayout
+
+# Larger weights, or a combiner in a user's code, leave the loop to another thread; for others the change costs more.
+_INLINE_BYTES = 2**20
+
+_T = TypeVar("_T")
+
+
+class Listener(Protocol):
+    """Who is told, on the loop, what came of it."""
+
+    def is_next(self, fold: Fold) -> bool: ...
+
+    def on_folded(self, fold: Fold, error: TensorsparkError | None) -> None: ...
+
+    def on_published(self, folds: list[Fold], error: TensorsparkError | None) -> None: ...
+
+
+class Rounds:
+    """The weights of a run and the round that is being folded. All methods are called on the server's loop.
+
+    Args:
+        executor: does the arithmetic of large weights, one step at a time.
+    """
+
+    def __init__(
+        self,
+        layout: WeightLayout,
+        combiner: WeightCombiner,
+        pool: BufferPool,
+        store: SnapshotStore,
+        executor: Executor,
+        listener: Listener,
+    ) -> None:
+        self._layout = layout
+        self._combiner = combiner
+        self._pool = pool
+        self._store = store
+        self._executor = executor
+        self._listener = listener
+        self._is_inline = combiner.is_elementwise and layout.num_bytes <= _INLINE_BYTES
+        self._payloads: dict[tuple[int, int], Buffer] = {}
+        self._queue: deque[Fold | Publish] = deque()
+        self._partial: Buffer | None = None
+        self._folds: list[Fold] = []  # in `partial`
+        self._cuts: list[tuple[Callable[[], object], asyncio.Future[object]]] = []
+        self._working: asyncio.Task[None] | None = None
+
+    def keep(self, connection: int, sequence: int, payload: Buffer) -> None:
+        """Keeps a push's payload (a pooled buffer) until its `Fold` is submitted."""
+        self._payloads[connection, sequence] = payload
+
+    def submit(self, decision: Fold | Publish) -> None:
+        """Does it after all that was submitted before: right here if that is quick, else soon."""
+        self._queue.append(decision)
+        self._work()
+
+    def between_rounds(self, cut: Callable[[], _T]) -> asyncio.Future[_T]:
+        """Calls `cut` when no round is open and no arithmetic goes on, so that weights, combiner and state agree."""
+        future: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+        self._cuts.append((cut, future))  # type: ignore[arg-type]
+        self._work()
+        return future
+
+    def abandon(self) -> None:
+        """Forgets what is submitted and kept; a step that goes on ends first."""
+        self._queue.clear()
+        for payload in self._payloads.values():
+            self._pool.put_back(payload)
+        self._payloads.clear()
+        for _, future in self._cuts:
+            future.cancel()
+        self._cuts.clear()
+
+    def _work(self) -> None:
+        if self._working is not None:
+            return
+        if not self._is_inline:
+            self._working = asyncio.get_running_loop().create_task(self._work_through())
+            return
+        while self._queue:
+            step = self._queue.popleft()
+            if isinstance(step, Fold):
+                payload = self._take_payload(step)
+                self._conclude_fold(step, payload, self._fold(step, payload))
+            else:
+                self._conclude_round(self._finish(step))
+        for cut, future in self._due_cuts():
+            _settle(future, cut)
+
+    async def _work_through(self) -> None:
+        def elsewhere(function: Callable[..., _T], *arguments: object) -> asyncio.Future[_T]:
+            return asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+
+        try:
+            while True:
+                for cut, future in self._due_cuts():
+                    await elsewhere(_settle_from_thread, asyncio.get_running_loop(), future, cut)
+                if not self._queue:
+                    return
+                step = self._queue.popleft()
+                if isinstance(step, Fold):
+                    payload = self._take_payload(step)
+                    self._conclude_fold(step, payload, await elsewhere(self._fold, step, payload))
+                else:
+                    self._conclude_round(await elsewhere(self._finish, step))
+        finally:
+            self._working = None
+
+    def _take_payload(self, fold: Fold) -> Buffer:
+        return self._payloads.pop((fold.connection, fold.push.sequence))
+
+    def _due_cuts(self) -> list[tuple[Callable[[], object], asyncio.Future[object]]]:
+        if self._folds:
+            return []
+        cuts, self._cuts = self._cuts, []
+        return cuts
+
+    # Arithmetic, maybe on another thread
+
+    def _fold(self, fold: Fold, payload: Buffer) -> TensorsparkError | None:
+        """Folds a push in place, and says what is wrong with it; then `payload` holds nothing of use."""
+        if not self._listener.is_next(fold):
+            return RefusedError("a push before this one was refused")
+        current = self._store.current
+        push = fold.push
+        contribution = Contribution(fold.partition, push.num_samples, current.version - push.version)
+        error = self._guarded(
+            "fold", lambda: self._combiner.fold(self._layout, current.buffer, self._partial, payload, contribution)
+        )
+        if not isinstance(error, NonFiniteError):
+            return error
+        name = self._layout.find_non_finite(payload)
+        return NonFiniteError(
+            f"NaN or infinity in {name}, pushed by partition {fold.partition}: the push was refused and the server's "
+            f"weights are as they were; look at the learning rate, and at the loss for log(0)"
+        )
+
+    def _finish(self, publish: Publish) -> TensorsparkError | None:
+        if self._partial is None:  # all of the round's pushes were refused
+            return None
+        folded, num_pushes = self._partial, len(self._folds)
+        num_workers = max(publish.num_workers or num_pushes, num_pushes)
+        current = self._store.current.buffer
+        error = self._guarded(
+            "finish", lambda: self._combiner.finish(self._layout, current, folded, num_pushes, num_workers)
+        )
+        if not isinstance(error, NonFiniteError):
+            return error
+        return CombinerError(
+            f"{type(self._combiner).__name__} made NaN or infinity in {self._layout.find_non_finite(folded)} from "
+            f"finite pushes: lower its learning rate"
+        )
+
+    def _guarded(self, name: str, step: Callable[[], bool]) -> TensorsparkError | None:
+        try:
+            return None if step() else NonFiniteError("")
+        except CombinerError as error:
+            return error
+        except Exception as error:
+            return CombinerError(f"{type(self._combiner).__name__}.{name} raised {type(error).__name__}: {error}")
+
+    # On the loop again
+
+    def _conclude_fold(self, fold: Fold, payload: Buffer, error: TensorsparkError | None) -> None:
+        if error is None:
+            before, self._partial = self._partial, payload
+            self._folds.append(fold)
+        else:
+            before = payload
+        if before is not None:
+            self._pool.put_back(before)
+        self._listener.on_folded(fold, error)
+
+    def _conclude_round(self, error: TensorsparkError | None) -> None:
+        folded, self._partial = self._partial, None
+        folds, self._folds = self._folds, []
+        if folded is not None and error is None:
+            self._store.publish(folded)
+        elif folded is not None:
+            self._pool.put_back(folded)
+        self._listener.on_published(folds, error)
+
+
+def _settle(future: asyncio.Future[_T], function: Callable[[], _T]) -> None:
+    """Puts what `function` returns or raises into `future`, unless nobody waits for it any more."""
+    if future.cancelled():
+        return
+    try:
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)
+
+
+def _settle_from_thread(
+    loop: asyncio.AbstractEventLoop, future: asyncio.Future[_T], function: Callable[[], _T]
+) -> None:
+    outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()
+    try:
+        outcome.set_result(function())
+    except Exception as error:
+        outcome.set_exception(error)
+    loop.call_soon_threadsafe(_settle, future, outcome.result)
