@@ -34,7 +34,7 @@ from benchmarks.report import Report, argument_parser, say
 from benchmarks.victims import LAYOUT, FuzzedParser, FuzzedServer, Observation
 
 _NUM_INPUTS = 1_000_000
-_HOLDERS_SHARE = 0.1
+_HOLDERS_SHARE = 0.05
 _WARM_SHARE = 0.1  # of the inputs, after which memory must not grow any more
 _NUM_ATTACKERS = 3
 _PERIOD_S = 0.25

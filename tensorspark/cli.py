@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import logging
 import os
 import re
 import secrets
@@ -126,6 +127,9 @@ def _doctor(options: argparse.Namespace) -> int:
         return _EXIT_FAILED
     from tensorspark.driver.preflight import Status
 
+    # It logs the stack of a call that Ctrl-C cut short; errors come to us in any case.
+    logging.getLogger("py4j").addHandler(logging.NullHandler())
+    logging.getLogger("py4j").propagate = False
     has_failed = False
     with contextlib.closing(_examine(submit_options)) as results:
         for result in results:
@@ -192,36 +196,19 @@ def _serve(
 ) -> tuple[CheckResult, ServerAddress | None]:
     """Starts a parameter server as a run would, with a run that nobody trains."""
     from tensorspark.driver.preflight import CheckResult
-    from tensorspark.ps.client import ServerAddress
-    from tensorspark.ps.server import ParameterServer
+    from tensorspark.driver.resources import address_of, start_server
     from tensorspark.weights.combiners import MeanWeightCombiner
     from tensorspark.weights.layout import TensorSpec, WeightLayout
 
     host = config.server_host or driver_host
     layout = WeightLayout([TensorSpec("doctor", (1,), "float32")])
     try:
-        server = ParameterServer(
-            layout,
-            host,
-            config.server_port,
-            receive_buffer_bytes=config.receive_buffer_bytes,
-            io_timeout_s=config.io_timeout_s,
-            lease_timeout_s=config.lease_timeout_s,
-            tls=config.tls_enabled,
-            max_connections=config.max_connections,
-        )
+        server = start_server(layout, config, host)
     except ConfigError as error:
         return CheckResult.failed("parameter server", error), None
     stack.callback(server.close)
     server.begin_run(layout.allocate(), MeanWeightCombiner(1), 1)
-    address = ServerAddress(
-        host,
-        server.port,
-        server.token,
-        connect_timeout_s=config.connect_timeout_s,
-        io_timeout_s=config.io_timeout_s,
-        certificate=server.certificate,
-    )
+    address = address_of(server, config)
     how = "with TLS" if config.tls_enabled else "without TLS"
     return CheckResult("parameter server", f"listens {how}, and advertises {address}"), address
 

@@ -7,7 +7,7 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,10 +18,10 @@ from tensorspark.driver.arguments import RunPlan, as_spark_context, as_tensorflo
 from tensorspark.driver.checkpoints import CheckpointDirectory
 from tensorspark.driver.continuing import continued, planned_values
 from tensorspark.driver.jobs import num_slots
-from tensorspark.driver.preflight import check_executors
+from tensorspark.driver.preflight import require_ready
 from tensorspark.driver.progress import ProgressLine
 from tensorspark.driver.publishing import Publisher
-from tensorspark.driver.resources import Resources
+from tensorspark.driver.resources import Resources, address_of
 from tensorspark.driver.training import require_trained, run_job
 from tensorspark.errors import CheckpointError, ConfigError, SessionClosedError
 from tensorspark.history import History
@@ -115,7 +115,7 @@ class SparkSession:
         self._user = user or ""
         self._checkpoint_dir = self._default_checkpoint_dir()
         self._restored: RunCheckpoint | None = None
-        self._checked: tuple[ServerAddress, Callable[[], bytes]] | None = None
+        self._checked: ServerAddress | None = None
         self._running = threading.Lock()
         self._publisher = Publisher(
             self._spark_context, self._run_id, self._config.hdfs_dir, self._config.tmp_dir, self._user
@@ -192,8 +192,8 @@ class SparkSession:
             param_list: the variables to synchronize. Others (an optimizer's slots, say) start from the driver's values
                 on each worker and stay there.
             feed_dict: with `feed_rdd`: values fed with every batch, such as ``{keep_prob: 0.5}``.
-            weight_combiner: how pushes are merged; None takes `MeanWeightCombiner` over the feed's
-                partitions.
+            weight_combiner: how pushes are merged; None takes `MeanDeltaCombiner` where the run is bulk-synchronous,
+                else `MeanWeightCombiner` over the feed's partitions.
             shuffle_within_partition: shuffles each partition's rows anew in every epoch.
             options: `RunOptions` for every step.
             run_metadata: only without `feed_rdd`; workers collect none.
@@ -280,8 +280,8 @@ class SparkSession:
         weights = resume.weights if resume else captured.weights
         sync = SyncPlan(config.staleness, plan.num_first, config.start_timeout_s, config.recovery_timeout_s)
         run = server.begin_run(weights, plan.combiner, plan.num_partitions, sync=sync, resume=resume)
-        address = self._resources.address_of(server)
-        self._check_executors(address, content, plan)
+        address = address_of(server, config)
+        self._check_executors(address)
         job = WorkerJob(
             address=address,
             run=run,
@@ -312,13 +312,18 @@ class SparkSession:
         seconds = time.monotonic() - began + (resume.seconds if resume else 0.0)
         return self._conclude(server, captured, plan, seconds)
 
-    def _check_executors(self, address: ServerAddress, content: Callable[[], bytes], plan: RunPlan) -> None:
-        if self._checked == (address, content):
-            return
-        check_executors(
-            self._spark_context, address, content, self._config.tmp_dir, self._run_id, max(1, plan.num_first)
-        )
-        self._checked = (address, content)
+    def _check_executors(self, address: ServerAddress) -> None:
+        if self._checked != address:
+            config = self._config
+            require_ready(
+                self._spark_context,
+                address,
+                hdfs_dir=config.hdfs_dir,
+                tmp_dir=config.tmp_dir,
+                run_id=self._run_id,
+                user=self._user,
+            )
+            self._checked = address
 
     def _conclude(self, server: ParameterServer, captured: Captured, plan: RunPlan, seconds: float) -> History:
         from tensorspark.trainers import graph

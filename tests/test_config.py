@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorspark.config import ORIGINAL_DEFAULTS, SETTINGS, Config, parse_size_bytes, parse_time_s, resolve
+from tensorspark.config import NOT_SET, ORIGINAL_DEFAULTS, SETTINGS, Config, parse_size_bytes, parse_time_s, resolve
 from tensorspark.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +27,15 @@ EXAMPLES: dict[str, tuple[Any, str, Any]] = {
     "server_port": (7001, "7002", 7002),
     "sync_interval": (16, "32", 32),
     "batch_size": (64, "128", 128),
+    "staleness": (0, "4", 4),
+    "start_timeout_s": (3, "90s", 90.0),
+    "recovery_timeout_s": (0, "5min", 300.0),
+    "lease_timeout_s": (1.5, "10s", 10.0),
+    "reconnect_timeout_s": (0, "2s", 2.0),
+    "checkpoint_interval_s": (0, "10min", 600.0),
+    "keep_checkpoints": (1, "5", 5),
+    "tls_enabled": (False, "true", True),
+    "max_connections": (10, "64", 64),
     "connect_timeout_s": (2.5, "500ms", 0.5),
     "io_timeout_s": (60, "3min", 180.0),
     "receive_buffer_bytes": (1000, "64k", 65536),
@@ -40,6 +49,19 @@ BAD_ARGUMENTS = [
     ("sync_interval", True),
     ("batch_size", 0),
     ("batch_size", "100"),
+    ("staleness", -1),
+    ("staleness", 1.5),
+    ("staleness", True),
+    ("staleness", "bulk"),
+    ("keep_checkpoints", 0),
+    ("max_connections", 0),
+    ("tls_enabled", "true"),
+    ("tls_enabled", 1),
+    ("lease_timeout_s", 0),
+    ("start_timeout_s", -1),
+    ("recovery_timeout_s", math.nan),
+    ("reconnect_timeout_s", math.inf),
+    ("checkpoint_interval_s", "60s"),
     ("server_port", -1),
     ("server_port", 65536),
     ("server_port", "10080"),
@@ -85,6 +107,11 @@ BAD_TEXTS = [
     ("hdfs_dir", ""),
     ("tmp_dir", " "),
     ("server_host", ""),
+    ("staleness", "-1"),
+    ("staleness", "none"),
+    ("staleness", "1.5"),
+    ("tls_enabled", "yes"),
+    ("keep_checkpoints", "0"),
 ]
 
 
@@ -92,17 +119,30 @@ def test_every_setting_has_an_example_here() -> None:
     assert set(EXAMPLES) == set(KEYS) == {field.name for field in dataclasses.fields(Config)}
 
 
-@pytest.mark.parametrize("field", KEYS)
+@pytest.mark.parametrize("field", sorted(KEYS.keys() - {"tls_enabled"}))
 def test_an_argument_wins_over_the_conf_over_given_defaults_over_ours(field: str) -> None:
     argument, text, meaning = EXAMPLES[field]
     ours = next(setting.default for setting in SETTINGS if setting.field == field)
     given_default = {field: meaning if meaning != argument else ours}
     conf = {KEYS[field]: text}
     assert getattr(resolve({field: argument}, conf, given_default), field) == argument
-    assert getattr(resolve({field: None}, conf, {field: argument}), field) == meaning
-    assert getattr(resolve({field: None}, {}, {field: argument}), field) == argument
-    assert getattr(resolve({}, {}), field) == ours
+    for not_given in ({field: None} if field != "staleness" else {}, {field: NOT_SET}, {}):
+        assert getattr(resolve(not_given, conf, {field: argument}), field) == meaning
+        assert getattr(resolve(not_given, {}, {field: argument}), field) == argument
+        assert getattr(resolve(not_given, {}), field) == ours
     assert len({repr(argument), repr(meaning), repr(ours)}) == 3, "an example that could not tell them apart"
+
+
+@pytest.mark.parametrize("nobody", [None, "async"])
+def test_a_staleness_of_none_is_a_value_and_wins_over_the_conf(nobody: str | None) -> None:
+    assert resolve({"staleness": nobody}, {KEYS["staleness"]: "4"}).staleness is None
+    assert resolve({}, {KEYS["staleness"]: "Async"}, {"staleness": 3}).staleness is None
+
+
+def test_tls_is_off_unless_the_conf_or_an_argument_asks_for_it() -> None:
+    assert not resolve({}, {}).tls_enabled
+    assert resolve({}, {KEYS["tls_enabled"]: "true"}).tls_enabled
+    assert not resolve({"tls_enabled": False}, {KEYS["tls_enabled"]: "true"}).tls_enabled
 
 
 def test_the_originals_defaults_apply_where_neither_argument_nor_conf_speaks() -> None:

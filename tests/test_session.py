@@ -365,9 +365,9 @@ def test_a_session_trains_one_feed_at_a_time(sc: SparkContext, model: Regression
     with SparkSession(sc, model.session, batch_size=8) as session, ThreadPoolExecutor(1) as threads:
         begin_run = ParameterServer.begin_run
 
-        def begin(*arguments: Any) -> int:
+        def begin(*arguments: Any, **options: Any) -> int:
             started.set()
-            return begin_run(*arguments)
+            return begin_run(*arguments, **options)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ParameterServer, "begin_run", begin)

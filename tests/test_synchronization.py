@@ -113,7 +113,7 @@ def test_uneven_empty_and_late_partitions_neither_hang_a_run_nor_lose_rows(
         StalenessScaledCombiner,
         lambda: ElasticAveragingCombiner(0.3),
         lambda: ServerSGD(0.7, momentum=0.5, nesterov=True),
-        lambda: ServerAdam(0.3, epsilon=1e-2),
+        lambda: ServerAdam(0.1, beta_1=0.5, epsilon=1e-2),
     ],
     ids=["mean", "weighted", "scaled", "elastic", "nesterov", "adam"],
 )

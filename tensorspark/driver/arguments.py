@@ -12,6 +12,7 @@ from pyspark import RDD, SparkContext
 
 from tensorspark.driver.feeding import coalesced
 from tensorspark.errors import ConfigError, FeedError
+from tensorspark.weights.averaging import MeanDeltaCombiner
 from tensorspark.weights.combiners import MeanWeightCombiner, WeightCombiner
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def make_plan(
         feed_rdd=feed_rdd,
         num_partitions=num_partitions,
         num_first=max(1, min(num_partitions, num_slots)),
-        combiner=_as_combiner(combiner, num_partitions),
+        combiner=_as_combiner(combiner, num_partitions, staleness),
         shuffle=bool(shuffle),
         num_epochs=_checked_count("num_epochs", num_epochs),
         seed=_as_seed(restored_seed if seed is None else seed),
@@ -85,7 +86,9 @@ def as_tensorflow_session(session: Any, graph: Any) -> Any:
     return session
 
 
-def _as_combiner(combiner: WeightCombiner | None, num_partitions: int) -> WeightCombiner:
+def _as_combiner(combiner: WeightCombiner | None, num_partitions: int, staleness: int | None) -> WeightCombiner:
+    if combiner is None and staleness == 0:
+        return MeanDeltaCombiner()
     if combiner is None:
         # Not the slots: a cluster that has just started has fewer than it will have, and one makes pushes overwrite.
         return MeanWeightCombiner(max(1, num_partitions))

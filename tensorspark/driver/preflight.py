@@ -137,7 +137,7 @@ def examine(
             "run_id": unique,
         }
         try:
-            num_slots, reports = _ask_executors(spark_context, request, time.monotonic() + timeout_s)
+            num_slots, reports = _ask_executors(spark_context, request, timeout_s)
         except _JobFailedError as failure:
             return [failure.result, *on_driver]
     hosts = {report["host"] for report in reports}
@@ -147,13 +147,6 @@ def examine(
         *on_driver,
         *_gather(reports, request),
     ]
-
-
-def check_executors(
-    spark_context: Any, address: ServerAddress, content: Callable[[], bytes], tmp_dir: str, run_id: str, num_tasks: int
-) -> None:
-    """`require_ready` without a staging directory; every slot is checked, and workers read `content` themselves."""
-    require_ready(spark_context, address, hdfs_dir=None, tmp_dir=tmp_dir, run_id=run_id)
 
 
 # The driver's own
@@ -192,32 +185,34 @@ def _remove(directory: StagingDirectory) -> None:
 # The job
 
 
-def _ask_executors(spark_context: Any, request: Mapping[str, Any], deadline: float) -> tuple[int, list[Report]]:
+def _ask_executors(spark_context: Any, request: Mapping[str, Any], timeout_s: float) -> tuple[int, list[Report]]:
     """What every slot says of itself, and how many slots there are.
 
     Where there is no slot yet, the first task waits for one, which also makes dynamic allocation start executors. Slots
     that came meanwhile are asked in a second job.
     """
+    deadline = time.monotonic() + timeout_s
     reports: list[Report] = []
-    num_asked = 0
-    while num_asked < (num_tasks := max(1, _count_slots(spark_context))):
-        reports = _run_tasks(spark_context, request, num_tasks, deadline)
-        num_asked = num_tasks
-    return num_asked, reports
+    while len(reports) < (num_tasks := max(1, _count_slots(spark_context))):
+        answer = _run_tasks(spark_context, request, num_tasks, max(0.0, deadline - time.monotonic()))
+        if answer is None:
+            raise _JobFailedError(CheckResult.failed("slots", _explain_wait(spark_context, timeout_s)))
+        reports = answer
+    return len(reports), reports
 
 
-def _run_tasks(spark_context: Any, request: Mapping[str, Any], num_tasks: int, deadline: float) -> list[Report]:
+def _run_tasks(spark_context: Any, request: Mapping[str, Any], num_tasks: int, timeout_s: float) -> list[Report] | None:
+    """A report of each task; None where they did not end in time."""
     task = probe.make_probe(request)
 
     def ask() -> list[Report]:
         reports: list[Report] = spark_context.parallelize(range(num_tasks), num_tasks).mapPartitions(task).collect()
         return reports
 
-    timeout_s = max(0.0, deadline - time.monotonic())
     group = f"tensorspark-{request['run_id']}-{num_tasks}"
     with SparkJob(spark_context, ask, group=group, description=_DESCRIPTION) as job:
         if not job.wait(timeout_s):
-            raise _JobFailedError(CheckResult.failed("slots", _explain_wait(spark_context, timeout_s)))
+            return None
     if job.error is not None:
         raise _JobFailedError(_translate(job.error, spark_context.master)) from job.error
     reports: list[Report] = job.result
@@ -233,12 +228,12 @@ def _count_slots(spark_context: Any) -> int:
 def _explain_wait(spark_context: Any, timeout_s: float) -> TensorsparkError:
     if _count_slots(spark_context) == 0:
         return ConfigError(
-            f"expected at least one slot, got none within {timeout_s:.3g} s; set spark.executor.instances (on a "
+            f"expected at least one slot, got none within {timeout_s:g} s; set spark.executor.instances (on a "
             f"standalone cluster spark.cores.max), spark.executor.cores and spark.executor.memory to what the cluster "
             f"at {spark_context.master} has free"
         )
     return WorkerFailedError(
-        f"the check of the executors did not end within {timeout_s:.3g} s: other jobs hold the slots, or the executors "
+        f"the check of the executors did not end within {timeout_s:g} s: other jobs hold the slots, or the executors "
         f"hang; free slots, or set spark.tensorspark.io.timeout, which is how long it may take"
     )
 

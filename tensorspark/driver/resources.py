@@ -42,30 +42,8 @@ class Resources:
         if self.server is not None and self.server.layout.fingerprint != layout.fingerprint:
             self.stop_server()
         if self.server is None:
-            self.server = ParameterServer(
-                layout,
-                self._server_host,
-                self._config.server_port,
-                receive_buffer_bytes=self._config.receive_buffer_bytes,
-                io_timeout_s=self._config.io_timeout_s,
-                lease_timeout_s=self._config.lease_timeout_s,
-                tls=self._config.tls_enabled,
-                max_connections=self._config.max_connections,
-            )
+            self.server = start_server(layout, self._config, self._server_host)
         return self.server
-
-    def address_of(self, server: ParameterServer) -> ServerAddress:
-        """What workers need to know to speak with the server."""
-        return ServerAddress(
-            self._server_host,
-            server.port,
-            server.token,
-            connect_timeout_s=self._config.connect_timeout_s,
-            io_timeout_s=self._config.io_timeout_s,
-            reconnect_timeout_s=self._config.reconnect_timeout_s,
-            lease_timeout_s=self._config.lease_timeout_s,
-            certificate=server.certificate,
-        )
 
     def checkpoints(
         self, server: ParameterServer, url: str | None, planned: Mapping[str, Plain]
@@ -96,3 +74,31 @@ class Resources:
             self.stop_server()
         finally:
             self._publisher.remove()
+
+
+def start_server(layout: WeightLayout, config: Config, host: str) -> ParameterServer:
+    """A parameter server as `config` says; raises ConfigError, see `ParameterServer`."""
+    return ParameterServer(
+        layout,
+        host,
+        config.server_port,
+        receive_buffer_bytes=config.receive_buffer_bytes,
+        io_timeout_s=config.io_timeout_s,
+        lease_timeout_s=config.lease_timeout_s,
+        tls=config.tls_enabled,
+        max_connections=config.max_connections,
+    )
+
+
+def address_of(server: ParameterServer, config: Config) -> ServerAddress:
+    """What workers need to know to speak with the server."""
+    return ServerAddress(
+        server.host,
+        server.port,
+        server.token,
+        connect_timeout_s=config.connect_timeout_s,
+        io_timeout_s=config.io_timeout_s,
+        reconnect_timeout_s=config.reconnect_timeout_s,
+        lease_timeout_s=config.lease_timeout_s,
+        certificate=server.certificate,
+    )
