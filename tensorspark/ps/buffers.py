@@ -31,8 +31,9 @@ class BufferPool:
     """Buffers of a layout's size, at most `limit_bytes` of them (and at least one) beside those that the weights need.
 
     Whoever finds it empty waits, in turn: its connection is not read meanwhile, and TCP pushes back on the worker.
-    The last free buffer goes only to a push that can be folded at once: in a bulk-synchronous round the others wait for
-    it, and would wait for ever if they held all the buffers. Not thread-safe: the server's loop owns it.
+    The last two free buffers go only to pushes that can be folded at once: in a bulk-synchronous round the others wait
+    for these, and would wait for ever if they held all the buffers. Two, as the round's first push keeps its buffer for
+    what is folded, and the next one needs another. Not thread-safe: the server's loop owns it.
     """
 
     def __init__(self, layout: WeightLayout, limit_bytes: int) -> None:
@@ -51,7 +52,7 @@ class BufferPool:
         return None
 
     async def take(self, may_take_last: Callable[[], bool] = lambda: True) -> Buffer:
-        """A free buffer, its content undefined, when there is one; `may_take_last` is asked when there is just one."""
+        """A free buffer, its content undefined, when there is one; `may_take_last` is asked when there are just two."""
         if not self._waiters and self._may_take(may_take_last):
             buffer = self.take_now()
             assert buffer is not None
@@ -85,7 +86,7 @@ class BufferPool:
 
     def _may_take(self, may_take_last: Callable[[], bool]) -> bool:
         num_free = len(self._free) + self._num_unallocated
-        return num_free > 1 or (num_free == 1 and may_take_last())
+        return num_free > 2 or (num_free > 0 and may_take_last())
 
 
 class SnapshotStore:

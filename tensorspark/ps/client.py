@@ -108,7 +108,7 @@ class ParameterClient:
             try:
                 self._link.send(Kind.PUSH, _push_header(push), weights)
             except ConnectionLostError as error:
-                self._resume(error)
+                self._resume(error, time.monotonic())
 
     def flush(self) -> None:
         """Waits until all pushes are accepted."""
@@ -155,15 +155,20 @@ class ParameterClient:
 
     def _persist(self, exchange: Callable[[], _T]) -> _T:
         """Does `exchange`, again on a new connection when the old one breaks, until `reconnect_timeout_s` are over."""
+        lost_at: float | None = None
         while True:
+            began_at = time.monotonic()
             try:
                 return exchange()
             except ConnectionLostError as error:
-                self._resume(error)
+                # Breaks in quick succession (something on the way bears no large frame, say) have one deadline.
+                if lost_at is None or time.monotonic() - began_at > self._address.reconnect_timeout_s:
+                    lost_at = time.monotonic()
+                self._resume(error, lost_at)
 
-    def _resume(self, lost: ConnectionLostError) -> None:
+    def _resume(self, lost: ConnectionLostError, lost_at: float) -> None:
         """Connects again and brings the server up to where this worker is."""
-        deadline = time.monotonic() + self._address.reconnect_timeout_s
+        deadline = lost_at + self._address.reconnect_timeout_s
         backoff_s = _FIRST_BACKOFF_S
         while True:
             self._link.close()

@@ -262,7 +262,9 @@ class Run:
 
     def _close_silent(self, now: float) -> None:
         for connection in list(self._connections.values()):
-            if now - connection.heard_at > self._lease_timeout_s and not self._is_waiting(connection):
+            if self._is_waiting(connection):
+                connection.heard_at = now  # the worker's silence begins when it has its answer
+            elif now - connection.heard_at > self._lease_timeout_s:
                 logger.warning(
                     "connection %d closed: its worker was silent for %g s (spark.tensorspark.lease.timeout)",
                     connection.number,

@@ -115,7 +115,10 @@ class RunState:
         if registration.is_resuming:
             partition.count("num_reconnects")
         self._partition_of[connection] = partition
-        partition.standbys.append((connection, registration))
+        if registration.is_resuming:
+            partition.standbys.appendleft((connection, registration))  # the lease is still its own
+        else:
+            partition.standbys.append((connection, registration))
         return [*replaced, *self._grant_next(partition, now)]
 
     def pull(self, connection: int) -> list[Decision]:
@@ -239,7 +242,7 @@ class RunState:
             self._partitions[fold.partition].num_unpublished -= 1
             accepted.append(Accept(fold.connection, fold.push.sequence))
         if self._sync.is_bulk:
-            self._in_round.clear()
+            self._in_round = set(self._held)  # of a worker whose push was refused, and who tried again at once
             self._is_closing = False
             self._gate.advance(self._gate.counted)
         else:
@@ -374,7 +377,7 @@ class RunState:
         return [Close(connection) for connection in old]
 
     def _grant_next(self, partition: Partition, now: float) -> list[Decision]:
-        if partition.holder is not None or partition.is_folding or not partition.standbys:
+        if partition.holder is not None or partition.num_unpublished or not partition.standbys:
             return []
         connection, registration = partition.standbys.popleft()
         partition.holder = connection

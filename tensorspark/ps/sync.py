@@ -49,13 +49,14 @@ class Gate:
 
     def __init__(self, plan: SyncPlan, rounds: Sequence[int], ended: frozenset[int] = frozenset()) -> None:
         self._plan = plan
-        self._rounds = list(rounds)
+        # In a bulk-synchronous run all go on together: no round of a restored run is behind another.
+        self._rounds = [max(rounds, default=0)] * len(rounds) if plan.is_bulk else list(rounds)
         self._running: set[int] = set()
         self._lost_at: dict[int, float] = {}
         self._given_up: set[int] = set()
         self._came: set[int] = set()
         self._first_came_at: float | None = None
-        self._floor = min((count for index, count in enumerate(rounds) if index not in ended), default=0)
+        self._floor = min((count for index, count in enumerate(self._rounds) if index not in ended), default=0)
         self.has_begun = plan.staleness is None
 
     @property
@@ -96,6 +97,8 @@ class Gate:
         self._lost_at.pop(partition, None)
         self._given_up.discard(partition)
         self._running.add(partition)
+        if self.has_begun:  # of a restored run, those that are behind may not have come
+            self._raise_floor()
 
     def lose(self, partition: int, now: float) -> None:
         """The worker died before the partition's end."""
@@ -116,7 +119,10 @@ class Gate:
 
     def tick(self, now: float) -> bool:
         """Lets deadlines pass; returns whether one did, so that somebody may go on."""
-        return self._begin_without_absent(now) | self._give_up_lost(now)
+        has_passed = self._begin_without_absent(now) | self._give_up_lost(now)
+        if has_passed:
+            self._raise_floor()
+        return has_passed
 
     def _begin_without_absent(self, now: float) -> bool:
         if self.has_begun or self._first_came_at is None:
@@ -145,7 +151,6 @@ class Gate:
                     partition,
                     self._plan.recovery_timeout_s,
                 )
-        self._raise_floor()
         return bool(overdue)
 
     def _raise_floor(self) -> None:

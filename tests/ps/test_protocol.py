@@ -23,16 +23,43 @@ from tensorspark.ps.protocol import Kind
 
 # Frames of version 2 as they were first sent. A frame that changes needs a new protocol.VERSION and new lines here.
 FROZEN_FRAMES: list[tuple[Kind, dict[str, Any], int, str]] = [
-    (Kind.REGISTER, {"run": 1, "partition": 300, "is_resuming": True}, 0, "5453504b 02 01 2000 0000000000000000 83 a3 72756e 01 a9 706172746974696f6e cd012c ab 69735f726573756d696e67 c3"),
+    (
+        Kind.REGISTER,
+        {"run": 1, "partition": 300, "is_resuming": True},
+        0,
+        "5453504b 02 01 2000 0000000000000000 "
+        "83 a3 72756e 01 a9 706172746974696f6e cd012c ab 69735f726573756d696e67 c3",
+    ),
     (Kind.PULL, {}, 0, "5453504b 02 02 0100 0000000000000000 80"),
-    (Kind.PUSH, {"sequence": 7, "progress": None}, 640, "5453504b 02 03 1500 8002000000000000 82 a8 73657175656e6365 07 a8 70726f6772657373 c0"),
-    (Kind.FINISH, {"epoch_samples": [5, 200], "step_s": 1.5}, 0, "5453504b 02 04 2300 0000000000000000 82 ad 65706f63685f73616d706c6573 92 05 ccc8 a6 737465705f73 cb3ff8000000000000"),
+    (
+        Kind.PUSH,
+        {"sequence": 7, "progress": None},
+        640,
+        "5453504b 02 03 1500 8002000000000000 82 a8 73657175656e6365 07 a8 70726f6772657373 c0",
+    ),
+    (
+        Kind.FINISH,
+        {"epoch_samples": [5, 200], "step_s": 1.5},
+        0,
+        "5453504b 02 04 2300 0000000000000000 "
+        "82 ad 65706f63685f73616d706c6573 92 05 ccc8 a6 737465705f73 cb3ff8000000000000",
+    ),
     (Kind.FAIL, {"message": "no"}, 0, "5453504b 02 05 0c00 0000000000000000 81 a7 6d657373616765 a2 6e6f"),
     (Kind.ALIVE, {}, 0, "5453504b 02 06 0100 0000000000000000 80"),
-    (Kind.GRANTED, {"sequence": 128, "finished": False}, 0, "5453504b 02 10 1600 0000000000000000 82 a8 73657175656e6365 cc80 a8 66696e6973686564 c2"),
+    (
+        Kind.GRANTED,
+        {"sequence": 128, "finished": False},
+        0,
+        "5453504b 02 10 1600 0000000000000000 82 a8 73657175656e6365 cc80 a8 66696e6973686564 c2",
+    ),
     (Kind.SNAPSHOT, {"version": 300}, 2**40, "5453504b 02 11 0c00 0000000000010000 81 a7 76657273696f6e cd012c"),
     (Kind.ACCEPTED, {"sequence": 70000}, 0, "5453504b 02 12 0f00 0000000000000000 81 a8 73657175656e6365 ce00011170"),
-    (Kind.REFUSED, {"code": "lease_lost", "message": "no"}, 0, "5453504b 02 13 1c00 0000000000000000 82 a4 636f6465 aa 6c656173655f6c6f7374 a7 6d657373616765 a2 6e6f"),
+    (
+        Kind.REFUSED,
+        {"code": "lease_lost", "message": "no"},
+        0,
+        "5453504b 02 13 1c00 0000000000000000 82 a4 636f6465 aa 6c656173655f6c6f7374 a7 6d657373616765 a2 6e6f",
+    ),
     (Kind.WAIT, {}, 0, "5453504b 02 14 0100 0000000000000000 80"),
 ]
 

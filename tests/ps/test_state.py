@@ -186,7 +186,9 @@ def test_standbys_are_served_in_the_order_in_which_they_came(state: RunState) ->
     for connection in (1, 2, 3, 4):
         state.register(connection, registration(attempt=connection), 0.0)
     state.disconnect(2, 0.0)
-    granted = [decision.connection for c in (1, 3) for decision in state.disconnect(c, 0.0) if isinstance(decision, Grant)]
+    granted = [
+        decision.connection for c in (1, 3) for decision in state.disconnect(c, 0.0) if isinstance(decision, Grant)
+    ]
     assert granted == [3, 4]
 
 
