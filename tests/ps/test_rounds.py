@@ -132,7 +132,7 @@ def run(scenario: Scenario, layout: WeightLayout, combiner: WeightCombiner) -> N
         bench = Bench(layout, combiner, executor)
         await scenario(bench)
         assert bench.num_free() == 4 + 3 - 1 - bench.num_open_rounds, (
-            "all buffers but those of the weights are free again"
+            "buffers were lost"
         )
 
     with ThreadPoolExecutor(1) as executor:
