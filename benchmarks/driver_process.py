@@ -51,6 +51,7 @@ class DriverProcess:
         self._events: list[Event] = []
         self._told = threading.Condition()
         self._is_over = False
+        self._has_begun = False
         self._first = 0
         self._reader = threading.Thread(target=self._read, name="driver-events")
         self._reader.start()
@@ -74,13 +75,12 @@ class DriverProcess:
     @property
     def is_idle(self) -> bool:
         """Whether the process lives and has told of the end of what it was to train."""
-        events = self.events()
-        is_done = not events or events[-1]["event"] in ("done", "failed")
+        is_done = not self._has_begun or any(event["event"] in ("done", "failed") for event in self.events())
         return self._process.poll() is None and is_done
 
     def begin(self, training: Training) -> None:
-        """Has it train; the training before must be over."""
-        self._first = len(self._events)
+        """Has it train. The training before must be over."""
+        self._has_begun, self._first = True, len(self._events)
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # `wait_for` tells it with the log
             self._process.stdin.write(json.dumps(asdict(training)) + "\n")

@@ -80,11 +80,12 @@ class StandaloneCluster:
                 process.kill()
                 process.wait(_END_DEADLINE_S)
 
-    def executors(self) -> list[int]:
-        """Process ids of the executors that live, by the worker that started them."""
+    def executors(self, application: str) -> list[int]:
+        """Process ids of the application's executors that live, by the worker that started them."""
         children = _children()
         workers = (process.pid for process in self._processes[1:])
-        return [pid for worker in workers for pid in children.get(worker, ()) if _runs(pid, "ExecutorBackend")]
+        started = (pid for worker in workers for pid in children.get(worker, ()))
+        return [pid for pid in started if _runs(pid, "ExecutorBackend") and _runs(pid, application)]
 
     def python_workers(self, executor: int) -> list[int]:
         """Process ids of an executor's Python workers: the children of its daemon, which is not among them."""

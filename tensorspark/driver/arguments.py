@@ -56,11 +56,12 @@ def make_plan(
             num_slots,
         )
         feed_rdd, num_partitions = coalesced(feed_rdd, num_slots), num_slots
+    num_first = max(1, min(num_partitions, num_slots))
     return RunPlan(
         feed_rdd=feed_rdd,
         num_partitions=num_partitions,
-        num_first=max(1, min(num_partitions, num_slots)),
-        combiner=_as_combiner(combiner, num_partitions, staleness),
+        num_first=num_first,
+        combiner=_as_combiner(combiner, num_partitions, num_first, staleness),
         shuffle=bool(shuffle),
         num_epochs=_checked_count("num_epochs", num_epochs),
         seed=_as_seed(restored_seed if seed is None else seed),
@@ -86,7 +87,9 @@ def as_tensorflow_session(session: Any, graph: Any) -> Any:
     return session
 
 
-def _as_combiner(combiner: WeightCombiner | None, num_partitions: int, staleness: int | None) -> WeightCombiner:
+def _as_combiner(
+    combiner: WeightCombiner | None, num_partitions: int, num_workers: int, staleness: int | None
+) -> WeightCombiner:
     if combiner is None and staleness == 0:
         return MeanDeltaCombiner()
     if combiner is None:
@@ -94,6 +97,13 @@ def _as_combiner(combiner: WeightCombiner | None, num_partitions: int, staleness
         return MeanWeightCombiner(max(1, num_partitions))
     if not isinstance(combiner, WeightCombiner):
         raise ConfigError(f"weight_combiner must be a WeightCombiner, such as DeltaWeightCombiner(), got {combiner!r}")
+    if combiner.moving_rate * num_workers > 1:
+        logger.warning(
+            "moving_rate %g times %d workers is over 1: the server's weights may overshoot the workers' mean; lower it "
+            "to 0.9 / workers, say",
+            combiner.moving_rate,
+            num_workers,
+        )
     return combiner
 
 

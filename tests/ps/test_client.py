@@ -235,7 +235,7 @@ def test_a_server_that_is_gone_is_an_error_in_bounded_time_that_says_where_to_lo
     worker = cluster.worker()
     cluster.server.close()
     began = time.monotonic()
-    with pytest.raises(ConnectionLostError, match="could not be reached again within 1 s .*driver still runs"):
+    with pytest.raises(ConnectionLostError, match=r"could not be reached again within 1 s .*driver still runs"):
         worker.pull(LAYOUT.allocate())
     assert time.monotonic() - began < 5
 
@@ -259,15 +259,15 @@ def test_a_frame_that_never_gets_through_is_an_error_in_bounded_time(start: Star
     cluster.proxy.cut_all()
 
     def exchange() -> None:
-        with pytest.raises(ConnectionLostError, match="could not be reached again|broke|closed"):
-            if direction == "up":
-                worker.push(filled(3), push_of(1))
-            worker.pull(LAYOUT.allocate())
+        if direction == "up":
+            worker.push(filled(3), push_of(1))
+        worker.pull(LAYOUT.allocate())
 
     with ThreadPoolExecutor(1) as threads:
         done = threads.submit(exchange)
         try:
-            done.result(15)
+            with pytest.raises(ConnectionLostError, match="could not be reached again"):
+                done.result(15)
         finally:
             cluster.server.close()  # so that the thread ends in any case
 
@@ -307,9 +307,13 @@ def test_a_late_push_on_a_lost_lease_is_refused_with_the_new_holders_name(start:
     late = cluster.worker(attempt=1)
     late.pull(LAYOUT.allocate())
     successor = cluster.worker(attempt=2)  # waits until the server has heard nothing of the first for a second
-    with pytest.raises(LeaseLostError, match="partition 0 has passed to attempt 2 on host2"):
+
+    def push_late() -> None:
         late.push(filled(100), push_of(1))
         late.flush()
+
+    with pytest.raises(LeaseLostError, match="partition 0 has passed to attempt 2 on host2"):
+        push_late()
     successor.pull(LAYOUT.allocate())
     successor.push(filled(3), push_of(1))
     successor.flush()

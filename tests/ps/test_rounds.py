@@ -131,9 +131,7 @@ def run(scenario: Scenario, layout: WeightLayout, combiner: WeightCombiner) -> N
     async def main(executor: Executor) -> None:
         bench = Bench(layout, combiner, executor)
         await scenario(bench)
-        assert bench.num_free() == 4 + 3 - 1 - bench.num_open_rounds, (
-            "buffers were lost"
-        )
+        assert bench.num_free() == 4 + 3 - 1 - bench.num_open_rounds, "buffers were lost"
 
     with ThreadPoolExecutor(1) as executor:
         coroutine: Coroutine[Any, Any, None] = main(executor)

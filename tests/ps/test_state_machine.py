@@ -1,8 +1,8 @@
 """The server's decisions under random interleavings, checked against books that this test keeps of its own.
 
-`World` is what surrounds a `RunState`: Spark, which starts attempts in a few slots; workers, which pull, compute, push and
-finish as real ones do; connections that break, seen by the server at once or later; and the shell, which executes folds
-and publications late and in order. What must always hold is asserted as it happens.
+`World` is what surrounds a `RunState`: Spark, which starts attempts in a few slots; workers, which pull, compute, push
+and finish as real ones do; connections that break, seen by the server at once or later; and the shell, which executes
+folds and publications late and in order. What must always hold is asserted as it happens.
 """
 
 from __future__ import annotations
@@ -557,8 +557,8 @@ class Endings(Interleavings):
 
 
 def test_whatever_happens_pushes_count_once_the_gate_holds_and_the_living_finish() -> None:
-    run_state_machine_as_test(Interleavings, settings=settings(stateful_step_count=40))
+    run_state_machine_as_test(Interleavings, settings=settings(max_examples=500, stateful_step_count=40))
 
 
 def test_whatever_ends_a_run_nobody_is_left_waiting_and_a_restored_one_goes_on_exactly() -> None:
-    run_state_machine_as_test(Endings, settings=settings(stateful_step_count=30))
+    run_state_machine_as_test(Endings, settings=settings(max_examples=500, stateful_step_count=40))
