@@ -19,12 +19,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from pyspark import RDD, SparkConf, SparkContext
 
 from examples import mnist_data
 from tensorspark import DeltaWeightCombiner, History, SparkSession
+from tensorspark import session as driver_session
+from tensorspark.config import Config
+from tensorspark.driver import resources
+from tensorspark.ps.link import ServerAddress
+from tensorspark.ps.server import ParameterServer
 from tensorspark.trainers.startup import quiet
 
 NUM_PARTITIONS = 2
@@ -111,10 +117,8 @@ class _Program:
     def train(self, spark_context: SparkContext, training: Training) -> None:
         """Trains and tells of it."""
         with self._open(spark_context, training) as session:
-            if training.advertised_port is not None:
-                _advertise(session, training.advertised_port)
             _tell("begun", application=spark_context.applicationId, checkpoint_dir=session.checkpoint_dir)
-            with _told_status(session):
+            with _advertised(training.advertised_port), _told_status(session):
                 history = session.run(
                     self._step,
                     feed_rdd=_rows(spark_context, training.slow_marker),
@@ -144,9 +148,12 @@ def _spark(application: Application) -> Iterator[SparkContext]:
     conf.set("spark.driver.host", "127.0.0.1").set("spark.driver.bindAddress", "127.0.0.1")
     # One executor a host, of one slot.
     conf.set("spark.executor.cores", "1").set("spark.cores.max", "2").set("spark.executor.memory", "512m")
+    # A bulk-synchronous feed is coalesced to the slots that there are when `run` is called: have them all first.
+    conf.set("spark.scheduler.minRegisteredResourcesRatio", "1")
     conf.setAll(list(application.spark.items()))
     spark_context = SparkContext(conf=conf)
     try:
+        spark_context.parallelize(range(NUM_PARTITIONS), NUM_PARTITIONS).count()  # waits for the executors
         yield spark_context
     finally:
         spark_context.stop()
@@ -185,11 +192,15 @@ def _make_reader(slow_marker: str | None) -> Callable[[int, Any], Iterator[Any]]
     return read
 
 
-def _advertise(session: SparkSession, port: int) -> None:
+def _advertised(port: int | None) -> contextlib.AbstractContextManager[object]:
     """Tells workers another port than the server's: no setting does, as the server listens where it says it does."""
-    resources = session._resources
-    address_of = resources.address_of
-    resources.address_of = lambda server: replace(address_of(server), port=port)  # type: ignore[method-assign]
+    if port is None:
+        return contextlib.nullcontext()
+
+    def advertised(server: ParameterServer, config: Config) -> ServerAddress:
+        return replace(resources.address_of(server, config), port=port)
+
+    return mock.patch.object(driver_session, "address_of", advertised)
 
 
 @contextlib.contextmanager

@@ -60,7 +60,8 @@ class DriverProcess:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         if self.is_idle:
@@ -109,9 +110,11 @@ class DriverProcess:
                 index = len(self._events)
                 if self._is_over:
                     raise DriverError(f"waiting for {what}, the driver ended:\n{self.tail()}")
-                if not self._told.wait_for(lambda: self._is_over or len(self._events) > index, _left(deadline)):
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
                     last = self._events[-1] if self._events else None
                     raise DriverError(f"no {what} within {deadline_s:g} s; last event: {last}\n{self.tail()}")
+                self._told.wait(left_s)
 
     def wait_for_end(self, deadline_s: float) -> Event:
         """The event that says what came of the training."""
@@ -138,7 +141,3 @@ class DriverProcess:
         with self._told:
             self._is_over = True
             self._told.notify_all()
-
-
-def _left(deadline: float) -> float:
-    return max(0.0, deadline - time.monotonic())

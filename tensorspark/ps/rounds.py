@@ -60,6 +60,7 @@ class Rounds:
         self._folds: list[Fold] = []  # in `partial`
         self._cuts: list[tuple[Callable[[], object], asyncio.Future[object]]] = []
         self._working: asyncio.Task[None] | None = None
+        self._is_abandoned = False
 
     def keep(self, connection: int, sequence: int, payload: Buffer) -> None:
         """Keeps a push's payload (a pooled buffer) until its `Fold` is submitted."""
@@ -71,8 +72,15 @@ class Rounds:
         self._work()
 
     def between_rounds(self, cut: Callable[[], _T]) -> asyncio.Future[_T]:
-        """Calls `cut` when no round is open and no arithmetic goes on, so that weights, combiner and state agree."""
+        """Calls `cut` when no round is open and no arithmetic goes on, so that weights, combiner and state agree.
+
+        Returns:
+            What `cut` returns; cancelled where the run is abandoned: its open round never ends.
+        """
         future: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+        if self._is_abandoned:
+            future.cancel()
+            return future
         self._cuts.append((cut, future))  # type: ignore[arg-type]
         self._work()
         return future
@@ -86,6 +94,7 @@ class Rounds:
         for _, future in self._cuts:
             future.cancel()
         self._cuts.clear()
+        self._is_abandoned = True
 
     def _work(self) -> None:
         if self._working is not None:
