@@ -43,6 +43,7 @@ class Connection:
     Attributes:
         heard_at: when the worker's last frame began or ended, on the monotonic clock.
         is_held_up: whether a push waits for a buffer, so that nothing of the worker is read.
+        is_reading: whether a push is on its way in.
     """
 
     def __init__(
@@ -57,20 +58,27 @@ class Connection:
         self.number = number
         self.heard_at = time.monotonic()
         self.is_held_up = False
+        self.is_reading = False
         self._may_take_last = may_take_last
         self._stream = stream
         self._layout = layout
         self._pool = pool
         self._deadline_s = deadline_s
+        self._unwritten: asyncio.Future[None] | None = None
 
     async def read(self) -> Frame:
         """The next frame, however long the worker computes before it sends one.
+
+        None is read while an answer is not written: who asks and does not listen has no more answers kept for it.
 
         Raises:
             ProtocolError: what came is not a frame of a worker.
             StreamClosedError: the worker is gone.
             TimeoutError: a frame began and did not end within the deadline.
         """
+        if self._unwritten is not None and not self._unwritten.done():
+            await asyncio.wait([self._unwritten])
+        self._unwritten = None
         data = await self._stream.read_bytes(protocol.PREFIX_BYTES)
         self.heard_at = time.monotonic()
         prefix = protocol.decode_prefix(data, protocol.FROM_WORKER, self._layout.num_bytes)
@@ -91,6 +99,7 @@ class Connection:
             buffer = await self._pool.take(self._may_take_last)
         finally:
             self.is_held_up = False
+        self.is_reading = True
         try:
             async with asyncio.timeout(self._deadline_s):
                 await self._stream.read_into(buffer.data)  # type: ignore[arg-type]
@@ -98,7 +107,15 @@ class Connection:
             self.close()
             self._pool.put_back(buffer)
             raise
+        finally:
+            self.is_reading = False
         return buffer
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is on its way, in or out, which has a deadline of its own."""
+        is_writing = self._unwritten is not None and not self._unwritten.done()
+        return self.is_held_up or self.is_reading or is_writing
 
     def write(
         self,
@@ -121,6 +138,7 @@ class Connection:
         if written.done():
             self._after_write(written, on_written, None)
             return
+        self._unwritten = written
         timer = asyncio.get_running_loop().call_later(self._deadline_s, self._write_is_late)
         written.add_done_callback(lambda future: self._after_write(future, on_written, timer))
 

@@ -16,6 +16,7 @@ the tests keep frozen frames of every version.
 from __future__ import annotations
 
 import enum
+import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ PATH = "/workers"
 UPGRADE = f"tensorspark/{VERSION}"
 PREFIX_BYTES = 16
 MAX_HEADER_BYTES = 2**16 - 1
+_MAX_MESSAGE_CHARACTERS = 2**13  # of up to four bytes each
 
 _PREFIX = struct.Struct("<4sBBHQ")
 _T = TypeVar("_T")
@@ -137,7 +139,8 @@ def field(header: Mapping[str, Any], name: str, kind: type[_T]) -> _T:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ProtocolError(f"expected header field {name!r} to be {kind.__name__}, got {value!r}")
+        # Not its whole repr: a header may nest deeper than Python's stack bears, and be as long as the log is wide.
+        raise ProtocolError(f"expected header field {name!r} to be {kind.__name__}, got {reprlib.repr(value)}")
     return value
 
 
@@ -155,8 +158,8 @@ def numbers(header: Mapping[str, Any], name: str, kind: type[_T]) -> tuple[_T, .
 
 
 def refusal_header(error: RefusedError) -> dict[str, str]:
-    """The header of a REFUSED frame."""
-    return {"code": error.code, "message": str(error)}
+    """The header of a REFUSED frame; a message that quotes more of what the worker sent than would fit is cut."""
+    return {"code": error.code, "message": str(error)[:_MAX_MESSAGE_CHARACTERS]}
 
 
 def refusal(header: Mapping[str, Any]) -> RefusedError:

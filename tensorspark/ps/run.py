@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ from tensorspark.weights.layout import Buffer, WeightLayout
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.25
+# So many frames of one worker are handled before the others have their turn.
+_FRAMES_A_TURN = 16
 
 
 class Run:
@@ -109,8 +112,10 @@ class Run:
         )
         self._connections[number] = connection
         try:
-            while True:
+            for num_frames in itertools.count(1):
                 self._handle(connection, await connection.read())
+                if num_frames % _FRAMES_A_TURN == 0:
+                    await asyncio.sleep(0)  # what has arrived is read without a pause, for as long as more arrives
         except StreamClosedError:
             pass
         except (ProtocolError, TimeoutError) as error:
@@ -155,7 +160,6 @@ class Run:
     def stop(self, failure: TensorsparkError | None = None) -> None:
         """Refuses whoever waits or comes later."""
         self._execute(self.state.stop(failure))
-        self._rounds.abandon()
 
     def close(self) -> None:
         """Stops, and closes the connections."""
@@ -207,8 +211,9 @@ class Run:
                 self._rounds.submit(decision)
             elif not isinstance(decision, Keep) and decision.connection in self._connections:
                 self._answer(self._connections[decision.connection], decision)
-        if decisions:
-            self.pool.serve_waiters()  # whose turn it is may have changed
+        if self.state.stopped:
+            self._rounds.abandon()
+        self.pool.serve_waiters()  # whose turn it is may have changed, also where nothing was decided: by a tick, say
 
     def _answer(self, connection: Connection, decision: Grant | Refuse | SendSnapshot | Accept | Close) -> None:
         if isinstance(decision, SendSnapshot):
@@ -262,7 +267,7 @@ class Run:
 
     def _close_silent(self, now: float) -> None:
         for connection in list(self._connections.values()):
-            if self._is_waiting(connection):
+            if connection.is_busy or self.state.is_waiting(connection.number):
                 connection.heard_at = now  # the worker's silence begins when it has its answer
             elif now - connection.heard_at > self._lease_timeout_s:
                 logger.warning(
@@ -274,11 +279,8 @@ class Run:
 
     def _tell_waiting(self) -> None:
         for connection in list(self._connections.values()):
-            if self._is_waiting(connection):
+            if connection.is_held_up or self.state.is_waiting(connection.number):
                 connection.write(Kind.WAIT, {})
-
-    def _is_waiting(self, connection: Connection) -> bool:
-        return connection.is_held_up or self.state.is_waiting(connection.number)
 
 
 def _registration(header: dict[str, object]) -> Registration:

@@ -94,6 +94,7 @@ class RunState:
         self._held: dict[int, Fold] = {}  # this round's pushes that wait for their turn, by partition
         self._in_round: set[int] = set()  # partitions whose push is in this round, or waits to be
         self._is_closing = False  # the round's publication is decided
+        self._first_missing = 0  # the first partition whose push the bulk-synchronous round waits for
 
     # Events from a connection
 
@@ -252,7 +253,10 @@ class RunState:
 
     def tick(self, now: float) -> list[Decision]:
         """Lets deadlines pass. To be called every fraction of a second."""
-        return self._go_on() if self._gate.tick(now) else []
+        coming = (
+            {p.index for p in self._partitions if p.holder is None and p.standbys} if self._gate.num_lost else set()
+        )
+        return self._go_on() if self._gate.tick(now, coming) else []
 
     def stop(self, failure: TensorsparkError | None = None) -> list[Decision]:
         """Ends the run: who waits is refused now, who comes later is refused then. The first failure is kept."""
@@ -282,8 +286,7 @@ class RunState:
         partition = self._partition_of.get(connection)
         if partition is None or not self._sync.is_bulk:
             return True
-        missing = self._gate.counted - self._in_round
-        return partition.index <= min(missing, default=partition.index)
+        return partition.index <= self._first_missing
 
     def export(self) -> tuple[PartitionProgress, ...]:
         """Where the partitions stand. Between rounds, this is exactly what is in the weights."""
@@ -347,11 +350,11 @@ class RunState:
 
     def _advance_round(self) -> list[Decision]:
         """Folds the bulk-synchronous round's pushes as far as none before them is missing, and closes it if none is."""
+        missing = self._gate.counted - self._in_round if self._sync.is_bulk else set()
+        self._first_missing = min(missing, default=len(self._partitions))  # kept: all that wait for a buffer ask for it
         if not self._in_round or self._is_closing or self.stopped or not self._gate.has_begun:
             return []
-        missing = self._gate.counted - self._in_round
-        first_missing = min(missing, default=len(self._partitions))
-        ready = sorted(index for index in self._held if index < first_missing)
+        ready = sorted(index for index in self._held if index < self._first_missing)
         decisions: list[Decision] = [self._held.pop(index) for index in ready]
         if not missing:
             self._is_closing = True

@@ -9,7 +9,7 @@ waits for a slot, holds nobody up; one that comes late joins at the floor.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 logger = logging.getLogger(__name__)
@@ -117,9 +117,13 @@ class Gate:
             self._rounds[partition] += 1
         self._raise_floor()
 
-    def tick(self, now: float) -> bool:
-        """Lets deadlines pass; returns whether one did, so that somebody may go on."""
-        has_passed = self._begin_without_absent(now) | self._give_up_lost(now)
+    def tick(self, now: float, coming: Set[int] = frozenset()) -> bool:
+        """Lets deadlines pass; returns whether one did, so that somebody may go on.
+
+        Args:
+            coming: partitions whose successor is there, and waits for its predecessor's push to be published.
+        """
+        has_passed = self._begin_without_absent(now) | self._give_up_lost(now, coming)
         if has_passed:
             self._raise_floor()
         return has_passed
@@ -139,8 +143,9 @@ class Gate:
         )
         return True
 
-    def _give_up_lost(self, now: float) -> bool:
-        overdue = [partition for partition, at in self._lost_at.items() if now - at >= self._plan.recovery_timeout_s]
+    def _give_up_lost(self, now: float, coming: Set[int]) -> bool:
+        deadline = now - self._plan.recovery_timeout_s
+        overdue = [partition for partition, at in self._lost_at.items() if at <= deadline and partition not in coming]
         for partition in overdue:
             del self._lost_at[partition]
             self._given_up.add(partition)

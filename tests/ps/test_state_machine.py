@@ -134,12 +134,14 @@ class Books:
         published = self.folded[partition][: self.num_published[partition]]
         assert push in published[push.sequence - 1 : push.sequence], "an acknowledged push is not in the weights"
 
+    def lets_begin(self, partition: int) -> bool:
+        if self.plan.staleness is None:
+            return True
+        return self.has_begun and self.rounds[partition] - self.slowest() <= self.plan.staleness
+
     def require_may_pull(self, partition: int) -> None:
         assert self.num_published[partition] == len(self.folded[partition]), "a pull without the worker's own pushes"
-        if self.plan.staleness is not None:
-            assert self.has_begun, "a round began before its workers came"
-            lead = self.rounds[partition] - self.slowest()
-            assert lead <= self.plan.staleness, f"partition {partition} leads by {lead} rounds"
+        assert self.lets_begin(partition), f"partition {partition} begins a round too early"
 
 
 class World:
@@ -435,6 +437,8 @@ class World:
                 continue
             waits = attempt.phase in ("asking", "pulling") or bool(attempt.unanswered)
             assert self.state.is_waiting(connection) == waits, f"{attempt} waits: {waits}"
+            if attempt.phase == "pulling" and not attempt.unanswered and not self.queue:
+                assert not self.books.lets_begin(attempt.partition), f"{attempt} waits for nothing"
 
     def play_out(self) -> None:
         """From now on nobody dies: everybody who lives comes to an end."""
