@@ -116,30 +116,30 @@ def _difference(weights: bytes, others: bytes) -> str:
 
 
 def _add_rows(report: Report, undisturbed: Outcome, trials: Sequence[Trial]) -> None:
-    survived = [(trial.fault, trial.outcome) for trial in trials if trial.outcome is not None]
-    report.add("trials", len(trials), "trials")
-    report.add("survived", len(survived) / len(trials), "share", at_least=1)
-    report.add(
-        "bit-equal to the undisturbed run",
-        sum(trial.is_bit_equal for trial in trials) / len(trials),
-        "share",
-        at_least=1,
-    )
+    _add_counts(report, "", trials)
     report.add("undisturbed run", undisturbed.seconds, "s")
-    recoveries = [outcome.recovery_s for _, outcome in survived if outcome.recovery_s is not None]
-    if recoveries:
-        report.add("mean recovery", statistics.mean(recoveries), "s")
+    _add_times(report, "", trials, undisturbed)
     for fault in FAULTS:
         of_kind = [trial for trial in trials if trial.fault is fault]
-        outcomes = [trial.outcome for trial in of_kind if trial.outcome is not None]
         if of_kind:
-            report.add(f"{fault.name}: survived", len(outcomes) / len(of_kind), f"of {len(of_kind)}", at_least=1)
-            equal = sum(trial.is_bit_equal for trial in of_kind)
-            report.add(f"{fault.name}: bit-equal", equal / len(of_kind), f"of {len(of_kind)}", at_least=1)
-        if outcomes:
-            report.add(f"{fault.name}: mean recovery", statistics.mean(o.recovery_s or 0.0 for o in outcomes), "s")
-            slower = statistics.mean(outcome.seconds for outcome in outcomes) / undisturbed.seconds
-            report.add(f"{fault.name}: run / undisturbed run", slower, "x")
+            _add_counts(report, f"{fault.name}: ", of_kind)
+            _add_times(report, f"{fault.name}: ", of_kind, undisturbed)
+
+
+def _add_counts(report: Report, prefix: str, trials: Sequence[Trial]) -> None:
+    num_trials, unit = len(trials), f"of {len(trials)}"
+    report.add(f"{prefix}survived", sum(trial.outcome is not None for trial in trials), unit, at_least=num_trials)
+    report.add(f"{prefix}bit-equal", sum(trial.is_bit_equal for trial in trials), unit, at_least=num_trials)
+
+
+def _add_times(report: Report, prefix: str, trials: Sequence[Trial], undisturbed: Outcome) -> None:
+    outcomes = [trial.outcome for trial in trials if trial.outcome is not None]
+    recoveries = [outcome.recovery_s for outcome in outcomes if outcome.recovery_s is not None]
+    if recoveries:
+        report.add(f"{prefix}mean recovery", statistics.mean(recoveries), "s")
+        report.add(f"{prefix}longest recovery", max(recoveries), "s")
+        slower = statistics.mean(outcome.seconds for outcome in outcomes) / undisturbed.seconds
+        report.add(f"{prefix}mean run / undisturbed run", slower, "x")
 
 
 if __name__ == "__main__":

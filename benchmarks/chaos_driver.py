@@ -35,10 +35,10 @@ from tensorspark.trainers.startup import quiet
 
 NUM_PARTITIONS = 2
 BATCH_SIZE = 50
-_MAX_ROWS = 4000  # of MNIST; the digits are fewer
+MAX_ROWS = 4000  # of MNIST; the digits are fewer
 _LEARNING_RATE = 0.01  # the workers' deltas are added up
 _POLL_S = 0.005
-_SLOW_ROW_S = 0.2
+_SLOW_FROM_ROW, _SLOW_ROW_S = 4 * BATCH_SIZE, 0.2
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Training:
         settings: arguments of `tensorspark.SparkSession`.
         restore_url: checkpoints to go on from.
         advertised_port: which port the workers are told instead of the server's: somebody between them listens there.
-        slow_marker: the first attempt of partition 0 writes its process id here, and from its second batch on takes
+        slow_marker: the first attempt of partition 0 writes its process id here, and from its fourth batch on takes
             0.2 s a row; None: nobody is slow.
     """
 
@@ -161,7 +161,7 @@ def _spark(application: Application) -> Iterator[SparkContext]:
 
 def _rows(spark_context: SparkContext, slow_marker: str | None) -> RDD[Any]:
     images, labels, _, _ = mnist_data.load(mnist_data.find(download=False))
-    images, labels = images[:_MAX_ROWS], mnist_data.one_hot(labels[:_MAX_ROWS])
+    images, labels = images[:MAX_ROWS], mnist_data.one_hot(labels[:MAX_ROWS])
     blocks = [(images[index::NUM_PARTITIONS], labels[index::NUM_PARTITIONS]) for index in range(NUM_PARTITIONS)]
     # What travels by value needs no benchmarks on the executors: it is of this program's __main__.
     read = _make_reader(slow_marker)
@@ -169,7 +169,7 @@ def _rows(spark_context: SparkContext, slow_marker: str | None) -> RDD[Any]:
 
 
 def _make_reader(slow_marker: str | None) -> Callable[[int, Any], Iterator[Any]]:
-    slow_from, slow_row_s = BATCH_SIZE, _SLOW_ROW_S
+    slow_from, slow_row_s = _SLOW_FROM_ROW, _SLOW_ROW_S
 
     def is_first(partition: int) -> bool:
         if slow_marker is None or partition != 0:

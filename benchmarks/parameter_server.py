@@ -12,9 +12,9 @@ from benchmarks.processes import Span, wait_until
 from tensorspark.errors import ProtocolError
 from tensorspark.ps import protocol
 from tensorspark.ps.client import ParameterClient, ServerAddress
+from tensorspark.ps.messages import Cursor, Push, Registration
 from tensorspark.ps.protocol import Kind
 from tensorspark.ps.server import ParameterServer
-from tensorspark.ps.messages import Cursor, Push, Registration
 from tensorspark.weights.combiners import DeltaWeightCombiner
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 

@@ -95,6 +95,7 @@ class SparkSession:
         self._session = as_tensorflow_session(session, graph)
         self._name = name
         self._session_config = config
+        restored_url: str | None = settings.pop("_restored_url", None)
         arguments = {
             "server_host": server_host,
             "server_port": server_port,
@@ -107,13 +108,13 @@ class SparkSession:
         }
         spark_conf = dict(self._spark_context.getConf().getAll())
         self._config = configuration.resolve(arguments, spark_conf, self._defaults)
-        if "checkpoint_interval_s" in settings and self._config.hdfs_dir is None:
+        self._run_id = secrets.token_hex(8)
+        self._checkpoint_dir = self._choose_checkpoint_dir(restored_url)
+        if settings.get("checkpoint_interval_s") and self._checkpoint_dir is None:
             raise ConfigError("checkpoint_interval_s needs hdfs_dir (or spark.hdfs.dir): checkpoints go there")
         self._server_host = self._config.server_host or spark_conf.get("spark.driver.host", "localhost")
         self._num_threads = int(spark_conf.get("spark.task.cpus", "1"))
-        self._run_id = secrets.token_hex(8)
         self._user = user or ""
-        self._checkpoint_dir = self._default_checkpoint_dir()
         self._restored: RunCheckpoint | None = None
         self._checked: ServerAddress | None = None
         self._running = threading.Lock()
@@ -156,7 +157,8 @@ class SparkSession:
         directory = CheckpointDirectory(url, user=arguments.get("user") or "")
         checkpoint = directory.read_newest()
         planned = {name: checkpoint.plan[name] for name in ("batch_size", "sync_interval", "staleness")}
-        restored = cls(spark_context, session, **{"name": str(checkpoint.plan.get("name", "")), **planned, **arguments})
+        planned["name"] = str(checkpoint.plan.get("name", ""))
+        restored = cls(spark_context, session, **{**planned, **arguments, "_restored_url": url})
         try:
             restored._take_over(checkpoint, url)
         except BaseException:
@@ -329,10 +331,9 @@ class SparkSession:
         from tensorspark.trainers import graph
 
         points, workers = server.records()
-        require_trained(workers)
         layout = captured.spec.layout
         weights = layout.allocate()
-        server.read_weights(weights)
+        require_trained(workers, server.read_weights(weights))
         graph.assign(self._session, layout, weights)
         self._restored = None
         return History(
@@ -347,9 +348,9 @@ class SparkSession:
 
     # Checkpoints
 
-    def _default_checkpoint_dir(self) -> str | None:
-        if self._config.hdfs_dir is None or not self._config.checkpoint_interval_s:
-            return None
+    def _choose_checkpoint_dir(self, restored_url: str | None) -> str | None:
+        if not self._config.checkpoint_interval_s or restored_url or self._config.hdfs_dir is None:
+            return restored_url if self._config.checkpoint_interval_s else None
         return CheckpointDirectory.url_of_run(self._config.hdfs_dir, self._run_id)
 
     def _take_over(self, checkpoint: RunCheckpoint, url: str) -> None:
@@ -362,7 +363,6 @@ class SparkSession:
                 f"trained"
             )
         graph.assign(self._session, checkpoint.layout, checkpoint.weights)
-        self._checkpoint_dir = url
         self._restored = None if checkpoint.is_complete else checkpoint
 
     def _capture(

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from benchmarks.standalone import BIN, REPOSITORY, StandaloneCluster, free_port
 from tests.hadoop.cluster import HdfsCluster
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
 DEADLINE_S = 240
 # The embedded digits reach 0.9 even with a few steps; chance is 0.1.
 LEARNED = 0.85
@@ -38,11 +33,6 @@ def readme_program() -> str:
         assert program.count(old) == 1
         program = program.replace(old, new)
     return program
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -99,49 +89,8 @@ def script(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A standalone master with two workers of one core each, on two addresses; yields its URL."""
-    directory = tmp_path_factory.mktemp("standalone")
-    port, ui_port = free_port(), free_port()
-    url = f"spark://127.0.0.1:{port}"
-    master = [f"--host=127.0.0.1 --port={port} --webui-port={ui_port}"]
-    workers = [
-        f"--host=127.0.0.{n} --cores=1 --memory=1g --webui-port=0 --work-dir={directory}/{n} {url}" for n in (1, 2)
-    ]
-    processes = []
-    try:
-        for kind, arguments in (("master.Master", master), ("worker.Worker", workers)):
-            processes += [_spark_class(f"org.apache.spark.deploy.{kind}", line, directory) for line in arguments]
-            if kind == "master.Master":
-                _wait_until(lambda: _num_workers(ui_port) == 0, processes)
-        _wait_until(lambda: _num_workers(ui_port) == 2, processes)
-        yield url
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait(20)
-
-
-def _spark_class(name: str, arguments: str, directory: Path) -> subprocess.Popen[bytes]:
-    command = [str(BIN / "spark-class"), name, *arguments.replace("=", " ").split()]
-    with (directory / f"{name}.log").open("ab") as log:
-        return subprocess.Popen(command, env=environment(), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-
-
-def _num_workers(ui_port: int) -> int | None:
-    """How many workers the master knows; None while it does not answer."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{ui_port}/json/", timeout=5) as page:
-            return int(json.load(page)["aliveworkers"])
-    except OSError:
-        return None
-
-
-def _wait_until(condition: Callable[[], bool], processes: list[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + 90
-    while not condition():
-        assert all(process.poll() is None for process in processes), "a Spark process ended"
-        assert time.monotonic() < deadline, "the cluster did not start within 90 s"
-        time.sleep(0.2)
+    with StandaloneCluster(tmp_path_factory.mktemp("standalone"), environment()) as cluster:
+        yield cluster.url
 
 
 # The original's program

@@ -12,6 +12,7 @@ from tensorspark.errors import CheckpointError, ConfigError
 from tensorspark.history import WorkerReport
 from tensorspark.ps.checkpoint import Plain, RunCheckpoint
 from tensorspark.ps.messages import Cursor, PartitionProgress
+from tensorspark.weights.combiners import CombinerState
 from tensorspark.weights.layout import WeightLayout
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def continued(checkpoint: RunCheckpoint, plan: RunPlan, config: Config, layout: 
                 f"{planned[name]!r}"
             )
     _require_same_combiner(checkpoint, plan)
-    plan.combiner.restore_state(layout, checkpoint.combiner_state)
+    plan.combiner.restore_state(layout, _copied(checkpoint.combiner_state))
     if len(checkpoint.partitions) == plan.num_partitions:
         return checkpoint
     epoch = min(_epoch(progress, plan.num_epochs) for progress in checkpoint.partitions)
@@ -68,6 +69,11 @@ def continued(checkpoint: RunCheckpoint, plan: RunPlan, config: Config, layout: 
     )
     begin = [PartitionProgress(0, Cursor(epoch), 0, None, WorkerReport(index)) for index in range(plan.num_partitions)]
     return replace(checkpoint, partitions=tuple(begin))
+
+
+def _copied(state: CombinerState) -> CombinerState:
+    """A combiner changes the slots that it takes over, and a run that fails is begun again from the same checkpoint."""
+    return CombinerState({name: slot.copy() for name, slot in state.slots.items()}, dict(state.values))
 
 
 def _epoch(progress: PartitionProgress, num_epochs: int) -> int:

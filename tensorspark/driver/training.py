@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from pyspark import RDD, TaskContext
 from tensorspark.driver.feeding import require_whole_partitions
 from tensorspark.driver.jobs import SparkJob, summary
 from tensorspark.driver.progress import ProgressLine
-from tensorspark.errors import FeedError, WorkerFailedError
+from tensorspark.errors import FeedError, SessionClosedError, WorkerFailedError
 from tensorspark.history import WorkerReport
 from tensorspark.ps.server import ParameterServer
 from tensorspark.worker import WorkerJob, run_partition
@@ -42,13 +43,19 @@ def run_job(
                     break
         _raise_failure(server, spark_job.error)
     except BaseException:
+        # No open round ends any more: a checkpoint that waits for one must not hold up whoever waits for its thread.
+        with contextlib.suppress(SessionClosedError):
+            server.stop_run()
         line.abandon()
         raise
     line.show(server.status(), last=True)
 
 
-def require_trained(workers: tuple[WorkerReport, ...]) -> None:
+def require_trained(workers: tuple[WorkerReport, ...], version: int) -> None:
     """Checks a job that Spark calls done.
+
+    Args:
+        version: of the weights: over 0 where any push is in them, also one from before a restore.
 
     Raises:
         WorkerFailedError: every push was refused, or a partition was not trained to its end.
@@ -61,7 +68,7 @@ def require_trained(workers: tuple[WorkerReport, ...]) -> None:
             f"end its rows early, with a limit for example?",
             partition=unfinished[0],
         )
-    if any(worker.num_applied for worker in workers):
+    if version:
         return
     num_refused = sum(worker.num_refused for worker in workers)
     if num_refused:

@@ -165,7 +165,7 @@ class ParameterServer:
         return self._call(lambda: (self._current().points(), self._current().reports()))
 
     def read_weights(self, out: Buffer) -> int:
-        """Copies the newest weights to `out` and returns their version: the number of pushes in them."""
+        """Copies the newest weights to `out` and returns their version: how often they were published."""
         run = self._current()
         snapshot = self._call(run.store.pin)
         try:

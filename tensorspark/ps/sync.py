@@ -89,6 +89,8 @@ class Gate:
         if not self.has_begun and len(self._came) >= self._plan.num_first:
             self.has_begun = True
         if is_finished:
+            if self.has_begun:  # by this one, maybe
+                self._raise_floor()
             return
         if partition not in self._lost_at:
             self._rounds[partition] = max(self._rounds[partition], self._floor)

@@ -29,9 +29,9 @@ from tensorspark.errors import (
 )
 from tensorspark.ps import protocol
 from tensorspark.ps.client import ParameterClient, ServerAddress
+from tensorspark.ps.messages import Cursor, Push, Registration
 from tensorspark.ps.protocol import Kind
 from tensorspark.ps.server import ParameterServer
-from tensorspark.ps.messages import Cursor, Push, Registration
 from tensorspark.weights.combiners import DeltaWeightCombiner, MeanWeightCombiner, WeightCombiner
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 
@@ -58,7 +58,9 @@ class Cluster:
     def __init__(self, server: ParameterServer, run: int) -> None:
         self.server = server
         self.run = run
-        self.address = ServerAddress("127.0.0.1", server.port, server.token, connect_timeout_s=5, io_timeout_s=10, reconnect_timeout_s=0)
+        self.address = ServerAddress(
+            "127.0.0.1", server.port, server.token, connect_timeout_s=5, io_timeout_s=10, reconnect_timeout_s=0
+        )
         self._clients: list[ParameterClient] = []
 
     def connect(self, address: ServerAddress | None = None) -> ParameterClient:
