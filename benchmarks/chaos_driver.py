@@ -148,8 +148,6 @@ def _spark(application: Application) -> Iterator[SparkContext]:
     conf.set("spark.driver.host", "127.0.0.1").set("spark.driver.bindAddress", "127.0.0.1")
     # One executor a host, of one slot.
     conf.set("spark.executor.cores", "1").set("spark.cores.max", "2").set("spark.executor.memory", "512m")
-    # A bulk-synchronous feed is coalesced to the slots that there are when `run` is called: have them all first.
-    conf.set("spark.scheduler.minRegisteredResourcesRatio", "1")
     conf.setAll(list(application.spark.items()))
     spark_context = SparkContext(conf=conf)
     try:

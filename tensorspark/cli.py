@@ -46,7 +46,8 @@ example, with the file that `pyspark --properties-file` and `spark-submit --prop
   python -m tensorspark doctor --properties-file conf/spark-defaults.conf
   python -m tensorspark doctor --master 'local[2]' --conf spark.hdfs.dir=file:///nfs/tmp
 
-Without slots, or with busy ones, it gives up after spark.tensorspark.io.timeout:
+Without slots, or with busy ones, it gives up after spark.tensorspark.io.timeout (Spark itself takes about a minute
+to give up on a master that does not answer):
 
   python -m tensorspark doctor --master spark://host:7077 --conf spark.tensorspark.io.timeout=20s
 

@@ -19,6 +19,21 @@ from tensorspark.errors import ConfigError
 _TIME_UNITS_S = {"": 1.0, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE_UNITS_BYTES = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "p": 2**50}
 
+# 30 days. Far beyond it locks and sockets refuse a timeout (OverflowError), in the middle of a run.
+_MAX_TIME_S = 2_592_000
+
+
+def parse_int(text: str) -> int:
+    """Reads a whole number.
+
+    >>> parse_int(" 100 ")
+    100
+    """
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"expected an integer such as 100, got {text!r}") from error
+
 
 def parse_time_s(text: str) -> float:
     """Reads a duration as Spark writes it, such as ``500ms``, ``30s``, ``2min``; a bare number is seconds.
@@ -95,10 +110,11 @@ SETTINGS: tuple[Setting, ...] = (
             "for the fetched graph and for cached epochs that outgrow memory."),
     Setting("server_host", "spark.tensorspark.server.host", str, None, "Address of the driver that executors connect "
             "to. Unset: `spark.driver.host`."),
-    Setting("server_port", "spark.tensorspark.server.port", int, 0, "Port of the parameter server; 0: a free one."),
-    Setting("sync_interval", "spark.tensorspark.sync.interval", int, 100, "Local steps between two synchronizations "
-            "of a worker."),
-    Setting("batch_size", "spark.tensorspark.batch.size", int, 100, "Rows of a training step."),
+    Setting("server_port", "spark.tensorspark.server.port", parse_int, 0, "Port of the parameter server; 0: a free "
+            "one."),
+    Setting("sync_interval", "spark.tensorspark.sync.interval", parse_int, 100, "Local steps between two "
+            "synchronizations of a worker."),
+    Setting("batch_size", "spark.tensorspark.batch.size", parse_int, 100, "Rows of a training step."),
     Setting("staleness", "spark.tensorspark.staleness", parse_staleness, None, "Rounds that the fastest worker may "
             "lead the slowest: `0` is bulk-synchronous, more is stale-synchronous, `async` waits for nobody."),
     Setting("start_timeout_s", "spark.tensorspark.start.timeout", parse_time_s, 60.0, "How long the first round waits "
@@ -111,12 +127,12 @@ SETTINGS: tuple[Setting, ...] = (
             "to reach a server again that it has lost; then its task fails."),
     Setting("checkpoint_interval_s", "spark.tensorspark.checkpoint.interval", parse_time_s, 60.0, "Between two "
             "checkpoints of a run, under `spark.hdfs.dir`; one more is written at the end. `0`: none."),
-    Setting("keep_checkpoints", "spark.tensorspark.checkpoint.keep", int, 3, "Checkpoints that are kept; older ones "
-            "are removed."),
+    Setting("keep_checkpoints", "spark.tensorspark.checkpoint.keep", parse_int, 3, "Checkpoints that are kept; older "
+            "ones are removed."),
     Setting("tls_enabled", "spark.tensorspark.tls.enabled", parse_bool, False, "Encrypts what workers and server say, "
             "with a key and certificate made for the run (needs `tensorspark[tls]` on the driver)."),
-    Setting("max_connections", "spark.tensorspark.server.max.connections", int, 4096, "Connections that the server "
-            "takes at once; more are closed."),
+    Setting("max_connections", "spark.tensorspark.server.max.connections", parse_int, 4096, "Connections that the "
+            "server takes at once; more are closed."),
     Setting("connect_timeout_s", "spark.tensorspark.connect.timeout", parse_time_s, 5.0, "How long a worker tries to "
             "reach the server."),
     Setting("io_timeout_s", "spark.tensorspark.io.timeout", parse_time_s, 120.0, "How long one answer of the server, "
@@ -173,9 +189,9 @@ class Config:
         for name in ("receive_buffer_bytes", "cache_memory_bytes"):
             self._check(name, minimum=0)
         for name in ("connect_timeout_s", "io_timeout_s", "lease_timeout_s"):
-            self._check(name, minimum=0.001, is_integer=False)
+            self._check(name, minimum=0.001, maximum=_MAX_TIME_S, is_integer=False)
         for name in ("start_timeout_s", "recovery_timeout_s", "reconnect_timeout_s", "checkpoint_interval_s"):
-            self._check(name, minimum=0, is_integer=False)
+            self._check(name, minimum=0, maximum=_MAX_TIME_S, is_integer=False)
         for name in ("hdfs_dir", "tmp_dir", "server_host"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value.strip()):

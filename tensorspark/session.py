@@ -17,12 +17,12 @@ from tensorspark import config as configuration
 from tensorspark.driver.arguments import RunPlan, as_spark_context, as_tensorflow_session, check_feed, make_plan
 from tensorspark.driver.checkpoints import CheckpointDirectory
 from tensorspark.driver.continuing import continued, planned_values
-from tensorspark.driver.jobs import num_slots
+from tensorspark.driver.jobs import settled_slots
 from tensorspark.driver.preflight import require_ready
 from tensorspark.driver.progress import ProgressLine
 from tensorspark.driver.publishing import Publisher
 from tensorspark.driver.resources import Resources, address_of
-from tensorspark.driver.training import require_trained, run_job
+from tensorspark.driver.training import exclusively, require_trained, run_job
 from tensorspark.errors import CheckpointError, ConfigError, SessionClosedError
 from tensorspark.history import History
 from tensorspark.ps.checkpoint import RunCheckpoint
@@ -152,6 +152,7 @@ class SparkSession:
 
         Raises:
             CheckpointError: no checkpoint is whole, or it is of another model: says which tensors differ.
+            ConfigError: `url` is no string, or an argument that cannot work.
             StagingError: `url` cannot be read.
         """
         directory = CheckpointDirectory(url, user=arguments.get("user") or "")
@@ -195,7 +196,8 @@ class SparkSession:
                 on each worker and stay there.
             feed_dict: with `feed_rdd`: values fed with every batch, such as ``{keep_prob: 0.5}``.
             weight_combiner: how pushes are merged; None takes `MeanDeltaCombiner` where the run is bulk-synchronous,
-                else `MeanWeightCombiner` over the feed's partitions.
+                else `MeanWeightCombiner` over the feed's partitions; of a run that is continued, over those that it
+                began with.
             shuffle_within_partition: shuffles each partition's rows anew in every epoch.
             options: `RunOptions` for every step.
             run_metadata: only without `feed_rdd`; workers collect none.
@@ -226,25 +228,22 @@ class SparkSession:
             num_epochs,
             seed,
             staleness=self._config.staleness,
-            num_slots=num_slots(self._spark_context),
-            restored_seed=self._restored and self._restored.plan["seed"],
+            num_slots=lambda wanted: settled_slots(self._spark_context, wanted, self._config.start_timeout_s),
+            restored=self._restored,
         )
         captured = self._capture(fetches, feed_name_list or (), param_list or (), feed_dict, options)
-        if not self._running.acquire(blocking=False):
-            raise ConfigError("this SparkSession is training already: one feed at a time, or a session for each thread")
-        try:
-            history = self._train(captured, plan, progress)
-            if not server_reusable:
+        with exclusively(self._running, plan.combiner):
+            try:
+                history = self._train(captured, plan, progress)
+                if not server_reusable:
+                    self.stop_param_server()
+                return history
+            except BaseException as error:
                 self.stop_param_server()
-            return history
-        except BaseException as error:
-            self.stop_param_server()
-            plan.combiner.reset_value()  # what it has seen is in no weights
-            if isinstance(error, Exception) and not self._finalizer.alive:
-                raise SessionClosedError("this SparkSession was closed while it trained") from error
-            raise
-        finally:
-            self._running.release()
+                plan.combiner.reset_value()  # what it has seen is in no weights
+                if isinstance(error, Exception) and not self._finalizer.alive:
+                    raise SessionClosedError("this SparkSession was closed while it trained") from error
+                raise
 
     @property
     def checkpoint_dir(self) -> str | None:

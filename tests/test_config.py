@@ -64,6 +64,9 @@ BAD_ARGUMENTS = [
     ("checkpoint_interval_s", "60s"),
     ("server_port", -1),
     ("server_port", 65536),
+    ("checkpoint_interval_s", 1e10),
+    ("io_timeout_s", 2_592_001),
+    ("connect_timeout_s", float("inf")),
     ("server_port", "10080"),
     ("receive_buffer_bytes", -1),
     ("receive_buffer_bytes", "64m"),
@@ -282,3 +285,12 @@ def test_the_shipped_spark_defaults_can_be_read() -> None:
     assert pairs
     for key, value in pairs:
         resolve({}, {key: value})
+
+
+@pytest.mark.parametrize("text", ["abc", "1.5", ""])
+def test_a_key_that_is_no_integer_is_said_to_be_none(text: str) -> None:
+    expected = (
+        rf"spark\.tensorspark\.batch\.size in the Spark configuration: expected an integer such as 100, got '{text}'"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        resolve({}, {"spark.tensorspark.batch.size": text})

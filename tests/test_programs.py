@@ -154,6 +154,28 @@ def test_the_package_is_shipped_by_py_files_to_executors_that_do_not_have_it(
     assert re.search(r"the executor on \S+ \(.*\) cannot import tensorspark .*--py-files", output), output
 
 
+@pytest.mark.slow
+def test_a_bulk_synchronous_program_that_trains_at_once_waits_for_the_executors_that_still_come(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from pyspark import SparkContext\n"
+        "import tensorflow.compat.v1 as tf\n"
+        "tf.disable_eager_execution()\n"
+        "W, x = tf.Variable(0.0), tf.placeholder(tf.float32, [None])\n"
+        "step = tf.train.GradientDescentOptimizer(0.1).minimize(tf.reduce_mean((W * x - 3.0 * x) ** 2))\n"
+        "session = tf.Session()\n"
+        "session.run(tf.global_variables_initializer())\n"
+        "import tensorspark\n"
+        "spark_context = SparkContext()\n"
+        "with tensorspark.SparkSession(spark_context, session, staleness=0, batch_size=5) as training:\n"
+        "    feed = spark_context.parallelize([(1.0,)] * 40, 2)\n"
+        "    history = training.run(step, feed, [x.name], [W])\n"
+        "print('samples of each worker:', [worker.num_samples for worker in history.workers])\n"
+    )
+    output = execute([str(BIN / "spark-submit"), "--master", "local-cluster[2,1,1024]", str(program)])
+    assert "samples of each worker: [20, 20]" in output
+
+
 # HDFS
 
 
@@ -185,7 +207,9 @@ def test_training_reads_from_hdfs_stages_there_as_the_user_and_leaves_nothing(
         "mnist.SparkSession.close = close\n"
         f"mnist.train(sc, user='me', server_port=0, num_partition=2, num_epoch=2, sync_interval=2, "
         f"data_dir={hdfs.url!r} + '/mnist')\n"
-        "print('staged while open:', len(seen), 'after close:', filesystem.ls('/user-me', detail=False))\n"
+        "left = [path.split('/user-me/')[1] for path in filesystem.find('/user-me')]\n"
+        "kinds = sorted({path.split('/', 1)[1].split('-')[0] for path in left})\n"
+        "print('staged while open:', len(seen), 'after close:', kinds)\n"
     )
     settings = ["--conf", f"spark.hdfs.dir={hdfs.url}/user-me", "--master", "local-cluster[2,1,1024]"]
     output = execute([str(BIN / "spark-submit"), *settings, str(program)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from tensorspark import MeanDeltaCombiner, ServerAdam, SparkSession, WeightCombiner
+from tensorspark.driver.checkpoints import CheckpointDirectory
 from tensorspark.errors import CheckpointError, ConfigError, WorkerFailedError
+from tensorspark.ps.messages import Cursor
 from tests.regression import W0, Regression, build, rows_of, run
 
 if TYPE_CHECKING:
@@ -84,6 +87,53 @@ def test_a_restored_bulk_synchronous_run_ends_with_the_bits_of_an_undisturbed_on
     np.testing.assert_array_equal(load_file(newest)["W:0"], model.weights[0])
 
 
+def test_a_restored_run_that_fails_is_begun_again_from_the_checkpoint_with_its_slots(
+    sc: SparkContext, model: Regression, tmp_path: Path
+) -> None:
+    def break_off(index: int, rows: Any) -> Iterator[Any]:
+        for number, row in enumerate(rows):
+            if (index, number) == (1, 190):
+                raise OSError("again")
+            yield row
+
+    def make() -> WeightCombiner:
+        return ServerAdam(0.05)
+
+    url = interrupt(sc, tmp_path, make)
+    with SparkSession.restore(sc, url, model.session) as session:
+        with pytest.raises(WorkerFailedError, match="again"):
+            run(session, model, sc.parallelize(ROWS, 2).mapPartitionsWithIndex(break_off), weight_combiner=make())
+        run(session, model, sc.parallelize(ROWS, 2), weight_combiner=make())
+    assert [value.tobytes() for value in model.weights] == undisturbed(sc, make)
+
+
+@pytest.mark.parametrize("num_partitions", [2, 1])
+def test_a_run_that_had_pushed_everything_is_restored_and_ends_with_the_checkpoints_weights(
+    sc: SparkContext, model: Regression, interrupted: str, num_partitions: int
+) -> None:
+    directory = CheckpointDirectory(interrupted)
+    checkpoint = directory.read_newest()
+    at_end = tuple(replace(progress, cursor=Cursor(1, 0)) for progress in checkpoint.partitions)
+    directory.write(replace(checkpoint, partitions=at_end))
+    with SparkSession.restore(sc, interrupted, model.session) as session:
+        restored = model.weights[0]
+        history = run(session, model, sc.parallelize(ROWS, num_partitions), weight_combiner=MeanDeltaCombiner())
+    assert all(worker.finished for worker in history.workers)
+    np.testing.assert_array_equal(model.weights[0], restored)
+    assert not np.array_equal(restored, W0)
+
+
+@pytest.mark.parametrize(("interval_s", "num_more"), [(30.0, 1), (0, 0)])
+def test_a_restored_run_takes_another_checkpoint_interval(
+    sc: SparkContext, model: Regression, interrupted: str, interval_s: float, num_more: int
+) -> None:
+    before = {path.name for path in Path(interrupted).glob("*.msgpack")}
+    with SparkSession.restore(sc, interrupted, model.session, checkpoint_interval_s=interval_s) as session:
+        assert session.checkpoint_dir == (interrupted if interval_s else None)
+        run(session, model, sc.parallelize(ROWS, 2), weight_combiner=MeanDeltaCombiner())
+    assert len({path.name for path in Path(interrupted).glob("*.msgpack")} - before) == num_more
+
+
 def test_a_finished_run_is_restored_as_its_weights_and_the_next_one_is_new(
     sc: SparkContext, model: Regression, tmp_path: Path
 ) -> None:
@@ -104,6 +154,19 @@ def test_with_another_number_of_partitions_the_epoch_is_trained_again_and_said_s
         history = run(session, model, sc.parallelize(ROWS, 1), weight_combiner=MeanDeltaCombiner())
     assert "1 partitions, and 2 in the checkpoint: all partitions begin at epoch 0" in caplog.text
     assert history.workers[0].num_samples == 400
+
+
+def test_the_default_combiner_stays_the_checkpoints_with_another_number_of_partitions(
+    sc: SparkContext, model: Regression, tmp_path: Path
+) -> None:
+    settings = {**SETTINGS, "staleness": None}
+    with SparkSession(sc, model.session, hdfs_dir=str(tmp_path), checkpoint_interval_s=0.1, **settings) as session:
+        feed = sc.parallelize(ROWS, 2).mapPartitionsWithIndex(slowly(tmp_path / "mended"))
+        with pytest.raises(WorkerFailedError, match="the disk is gone"):
+            run(session, model, feed, weight_combiner=None)
+    with SparkSession.restore(sc, str(session.checkpoint_dir), model.session) as session:
+        history = run(session, model, sc.parallelize(ROWS, 4), weight_combiner=None)
+    assert [worker.num_samples for worker in history.workers] == [100, 100, 100, 100]
 
 
 @pytest.mark.parametrize(
@@ -168,6 +231,12 @@ def test_a_torn_checkpoint_is_skipped_for_the_one_before_and_said_so(
         run(session, model, sc.parallelize(ROWS, 2), weight_combiner=MeanDeltaCombiner())
     assert f"skipped {marks[-1].stem}" in caplog.text
     assert [value.tobytes() for value in model.weights] == undisturbed(sc)
+
+
+@pytest.mark.parametrize("url", [None, "", Path("checkpoints")])
+def test_a_url_that_is_no_string_is_refused_by_name(sc: SparkContext, model: Regression, url: Any) -> None:
+    with pytest.raises(ConfigError, match=r"url must be the directory of the checkpoints as a string.*got"):
+        SparkSession.restore(sc, url, model.session)
 
 
 def test_checkpoints_without_a_directory_for_them_are_refused(sc: SparkContext, model: Regression) -> None:

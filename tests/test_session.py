@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from tensorspark import DeltaWeightCombiner, MeanWeightCombiner, SparkSession, WeightCombiner
+from tensorspark import DeltaWeightCombiner, MeanDeltaCombiner, MeanWeightCombiner, SparkSession, WeightCombiner
 from tensorspark.core import spark_session as original
 from tensorspark.errors import (
     CombinerError,
@@ -343,6 +344,33 @@ def test_an_interrupt_ends_job_and_server_and_leaves_a_session_that_runs_again(
     session.close()
 
 
+def test_an_interrupt_does_not_wait_for_a_checkpoint_of_a_round_that_never_ends(
+    sc: SparkContext, model: Regression, tmp_path: Path
+) -> None:
+    def hang(index: int, rows: Any) -> Iterator[Any]:
+        for number, row in enumerate(rows):
+            while index == 1 and number == 4:
+                time.sleep(0.1)
+            yield row
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not ((status := session.status()) and status.num_steps == 7):
+            time.sleep(0.05)
+        time.sleep(0.5)  # a checkpoint is due by now, and waits for the round to end
+        interrupted_at.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupted_at: list[float] = []
+    settings: dict[str, Any] = {"staleness": 0, "batch_size": 1, "sync_interval": 1}
+    with SparkSession(sc, model.session, hdfs_dir=str(tmp_path), checkpoint_interval_s=0.1, **settings) as session:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            run(session, model, sc.parallelize(rows_of(20), 2).mapPartitionsWithIndex(hang))
+        assert time.monotonic() - interrupted_at[0] < 15
+        assert not [thread for thread in threading.enumerate() if thread.name == "tensorspark-checkpoint"]
+
+
 # Two at once
 
 
@@ -376,6 +404,31 @@ def test_a_session_trains_one_feed_at_a_time(sc: SparkContext, model: Regression
             with pytest.raises(ConfigError, match="training already"):
                 run(session, model, sc.parallelize(rows, 1))
             assert first.result(60).num_samples == 8
+
+
+def test_a_combiner_serves_one_session_at_a_time(sc: SparkContext, model: Regression) -> None:
+    rows, combiner, other = rows_of(8), MeanDeltaCombiner(), build()
+
+    def train_another_meanwhile(index: int, values: Any) -> Iterator[Any]:
+        while not release.exists():
+            time.sleep(0.01)
+        return iter(values)
+
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(1) as threads:
+        release = Path(directory, "release")
+        with SparkSession(sc, model.session, batch_size=8) as session, SparkSession(sc, other.session) as second:
+            feed = sc.parallelize(rows, 1).mapPartitionsWithIndex(train_another_meanwhile)
+            first = threads.submit(run, session, model, feed, weight_combiner=combiner)
+            deadline = time.monotonic() + 60
+            while session.status() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            try:
+                with pytest.raises(ConfigError, match="MeanDeltaCombiner is at work in another session"):
+                    run(second, other, sc.parallelize(rows, 1), weight_combiner=combiner)
+            finally:
+                release.touch()
+            assert first.result(60).num_samples == 8
+            assert run(second, other, sc.parallelize(rows, 1), weight_combiner=combiner).num_samples == 8
 
 
 # Bad input: a clear error on the driver, nothing lost

@@ -86,7 +86,7 @@ def test_a_bulk_synchronous_feed_with_more_partitions_than_slots_is_coalesced_an
     with SparkSession(sc, model.session, staleness=0, sync_interval=2, batch_size=BATCH) as session:
         history = run(session, model, feed)
     assert [worker.num_samples for worker in history.workers] == [sum(sizes[:2]), sum(sizes[2:])]
-    assert "5 partitions are coalesced to the 2 slots" in caplog.text
+    assert "5 partitions are coalesced to 2 (2 slots)" in caplog.text
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3, None])

@@ -107,6 +107,8 @@ class PartitionFeed:
             self.drain()
             return
         columns = self._cache.columns()
+        if not columns:
+            self._require_reached(index, 0)
         while columns and epoch < self._num_epochs:
             yield from self._cut(columns, epoch, index)
             epoch, index = epoch + 1, 0
@@ -129,6 +131,16 @@ class PartitionFeed:
             if index >= start:
                 yield Batch(0, index, block, num_batches, following is None)
             block, index = following, index + 1
+        self._require_reached(start, index)
+
+    def _require_reached(self, start: int, num_batches: int) -> None:
+        """A batch that training is to go on at was there before: where it is gone, these are other rows."""
+        if num_batches < start:
+            raise FeedError(
+                f"partition {self._partition}: training goes on at batch {start} of {self._batch_size} rows, but the "
+                f"feed gave {num_batches} batches: a retried or restored run needs the same rows in the same order "
+                f"(sort or cache() what comes out of a shuffle)"
+            )
 
     def _keep(self, block: Columns) -> None:
         try:
@@ -139,6 +151,7 @@ class PartitionFeed:
     def _cut(self, columns: Columns, epoch: int, start: int) -> Iterator[Batch]:
         num_rows, size = len(columns[0]), self._batch_size
         num_batches = -(-num_rows // size)
+        self._require_reached(start, num_batches)
         order = permutation(self._seed, epoch, self._partition, num_rows) if self._shuffle else None
         for index in range(start, num_batches):
             rows = slice(index * size, min((index + 1) * size, num_rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from pyspark import RDD, SparkContext
 
 from tensorspark.driver.feeding import coalesced
 from tensorspark.errors import ConfigError, FeedError
+from tensorspark.ps.checkpoint import RunCheckpoint
 from tensorspark.weights.averaging import MeanDeltaCombiner
 from tensorspark.weights.combiners import MeanWeightCombiner, WeightCombiner
 
@@ -44,27 +45,37 @@ def make_plan(
     seed: Any,
     *,
     staleness: int | None,
-    num_slots: int,
-    restored_seed: Any = None,
+    num_slots: Callable[[int], int],
+    restored: RunCheckpoint | None = None,
 ) -> RunPlan:
-    """Checks and completes what `SparkSession.run` takes; see there. Raises ConfigError."""
+    """Checks and completes what `SparkSession.run` takes; see there. Raises ConfigError.
+
+    Args:
+        num_slots: tells how many slots there are, once there are as many as it is given, or no more will come.
+        restored: the run that is to be continued.
+    """
     num_partitions = feed_rdd.getNumPartitions()
-    if staleness == 0 and num_partitions > num_slots:
+    num_restored = len(restored.partitions) if restored else num_partitions
+    slots = num_slots(min(num_partitions, num_restored))
+    # With as many partitions as before, the cursors of a restored run stand for the same rows.
+    num_at_once = num_restored if num_restored < min(num_partitions, slots) else slots
+    if staleness == 0 and num_partitions > num_at_once:
         logger.warning(
-            "the feed's %d partitions are coalesced to the %d slots, as in a bulk-synchronous run all train at once",
+            "the feed's %d partitions are coalesced to %d (%d slots): in a bulk-synchronous run all train at once",
             num_partitions,
-            num_slots,
+            num_at_once,
+            slots,
         )
-        feed_rdd, num_partitions = coalesced(feed_rdd, num_slots), num_slots
-    num_first = max(1, min(num_partitions, num_slots))
+        feed_rdd, num_partitions = coalesced(feed_rdd, num_at_once), num_at_once
+    num_first = max(1, min(num_partitions, slots))
     return RunPlan(
         feed_rdd=feed_rdd,
         num_partitions=num_partitions,
         num_first=num_first,
-        combiner=_as_combiner(combiner, num_partitions, num_first, staleness),
+        combiner=_as_combiner(combiner, num_partitions, num_first, staleness, restored),
         shuffle=bool(shuffle),
         num_epochs=_checked_count("num_epochs", num_epochs),
-        seed=_as_seed(restored_seed if seed is None else seed),
+        seed=_as_seed(restored.plan["seed"] if restored and seed is None else seed),
     )
 
 
@@ -88,8 +99,14 @@ def as_tensorflow_session(session: Any, graph: Any) -> Any:
 
 
 def _as_combiner(
-    combiner: WeightCombiner | None, num_partitions: int, num_workers: int, staleness: int | None
+    combiner: WeightCombiner | None,
+    num_partitions: int,
+    num_workers: int,
+    staleness: int | None,
+    restored: RunCheckpoint | None,
 ) -> WeightCombiner:
+    if combiner is None and restored is not None and restored.combiner == MeanWeightCombiner.__name__:
+        return MeanWeightCombiner(int(restored.combiner_settings["num"] or 1))  # of the partitions that there were
     if combiner is None and staleness == 0:
         return MeanDeltaCombiner()
     if combiner is None:

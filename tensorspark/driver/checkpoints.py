@@ -31,7 +31,7 @@ from tensorspark.data.filesystem import (
     require_directory,
     write_then_rename,
 )
-from tensorspark.errors import CheckpointError, StagingError, TensorsparkError
+from tensorspark.errors import CheckpointError, ConfigError, StagingError, TensorsparkError
 from tensorspark.ps.checkpoint import MARK, EncodedFile, RunCheckpoint, decode, encode
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ class CheckpointDirectory:
     def __init__(self, url: str, *, user: str = "", keep: int = 3, deadline_s: float = TRANSFER_DEADLINE_S) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
+        if not isinstance(url, str) or not url.strip():
+            raise ConfigError(f"url must be the directory of the checkpoints as a string (checkpoint_dir), got {url!r}")
         self.url = url.rstrip("/")
         self.deadline_s = deadline_s
         self._user = user

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,10 @@ from pyspark import InheritableThread, SparkContext
 
 _CANCEL_TIMEOUT_S = 30.0
 _SUMMARY_LINES = 25
+# Executors of an application that has just started may still be on their way; they come within seconds of each other.
+_YOUNG_S = 60.0
+_SETTLED_S = 3.0
+_POLL_S = 0.1
 
 
 class SparkJob:
@@ -61,11 +67,40 @@ class SparkJob:
             self._ended.set()
 
 
+def count_slots(spark_context: SparkContext) -> int:
+    """How many tasks the application can run at once, now; 0 where no executor has registered yet."""
+    scala_context = spark_context._jsc.sc()
+    return int(scala_context.maxNumConcurrentTasks(scala_context.resourceProfileManager().defaultResourceProfile()))
+
+
 def num_slots(spark_context: SparkContext) -> int:
     """How many tasks the application can run at once, now; at least 1."""
-    scala_context = spark_context._jsc.sc()
-    profile = scala_context.resourceProfileManager().defaultResourceProfile()
-    return max(1, int(scala_context.maxNumConcurrentTasks(profile)))
+    return max(1, count_slots(spark_context))
+
+
+def settled_slots(spark_context: SparkContext, wanted: int, timeout_s: float) -> int:
+    """`num_slots` of a cluster that may have just started: its executors register one after the other.
+
+    Waits until there are as many slots as `wanted`, or no more have come for some seconds; at most `timeout_s`.
+    """
+    num = count_slots(spark_context)
+    is_young = num == 0 or time.time() - spark_context.startTime / 1000 < _YOUNG_S
+    if num >= wanted or not is_young or spark_context._jsc.sc().isLocal():
+        return num
+    deadline = time.monotonic() + timeout_s
+    grown_at = time.monotonic()
+
+    def ask() -> int:  # tasks make dynamic allocation start executors
+        return spark_context.parallelize(range(wanted), wanted).count()
+
+    group = f"tensorspark-slots-{secrets.token_hex(4)}"
+    with SparkJob(spark_context, ask, group=group, description="tensorspark: waits for slots") as job:
+        while num < wanted and time.monotonic() < min(deadline, grown_at + _SETTLED_S):
+            if job.wait(_POLL_S):
+                time.sleep(_POLL_S)
+            if (now_there := count_slots(spark_context)) > num or now_there == 0:
+                num, grown_at = now_there, time.monotonic()
+    return max(1, num)
 
 
 def summary(error: BaseException) -> str:

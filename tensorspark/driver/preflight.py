@@ -19,7 +19,7 @@ from typing import Any
 import tensorspark
 from tensorspark.data.staging import StagedFile, StagingDirectory
 from tensorspark.driver import probe
-from tensorspark.driver.jobs import SparkJob, summary
+from tensorspark.driver.jobs import SparkJob, count_slots, summary
 from tensorspark.driver.probe import PACKAGES, REACHABLE, STAGING_ON_EXECUTORS, TMP_ON_EXECUTORS, Report
 from tensorspark.errors import ConfigError, StagingError, TensorsparkError, WorkerFailedError
 from tensorspark.ps.client import ServerAddress
@@ -193,7 +193,7 @@ def _ask_executors(spark_context: Any, request: Mapping[str, Any], timeout_s: fl
     """
     deadline = time.monotonic() + timeout_s
     reports: list[Report] = []
-    while len(reports) < (num_tasks := max(1, _count_slots(spark_context))):
+    while len(reports) < (num_tasks := max(1, count_slots(spark_context))):
         answer = _run_tasks(spark_context, request, num_tasks, max(0.0, deadline - time.monotonic()))
         if answer is None:
             raise _JobFailedError(CheckResult.failed("slots", _explain_wait(spark_context, timeout_s)))
@@ -219,14 +219,8 @@ def _run_tasks(spark_context: Any, request: Mapping[str, Any], num_tasks: int, t
     return reports
 
 
-def _count_slots(spark_context: Any) -> int:
-    scala_context = spark_context._jsc.sc()
-    profile = scala_context.resourceProfileManager().defaultResourceProfile()
-    return int(scala_context.maxNumConcurrentTasks(profile))
-
-
 def _explain_wait(spark_context: Any, timeout_s: float) -> TensorsparkError:
-    if _count_slots(spark_context) == 0:
+    if count_slots(spark_context) == 0:
         return ConfigError(
             f"expected at least one slot, got none within {timeout_s:g} s; set spark.executor.instances (on a "
             f"standalone cluster spark.cores.max), spark.executor.cores and spark.executor.memory to what the cluster "

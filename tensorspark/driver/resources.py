@@ -17,6 +17,8 @@ from tensorspark.weights.layout import WeightLayout
 
 logger = logging.getLogger(__name__)
 
+_MIN_CAPTURE_TIMEOUT_S = 60.0
+
 
 class Resources:
     """A session's server and files. It does not know the session, so that this can be forgotten and finalized.
@@ -56,8 +58,12 @@ class Resources:
         if url is None:
             return contextlib.nullcontext()
 
+        # A bulk-synchronous round may last for long: who looked for its end for a part of the interval only might never
+        # see one.
+        timeout_s = max(_MIN_CAPTURE_TIMEOUT_S, self._config.checkpoint_interval_s)
+
         def capture() -> RunCheckpoint | None:
-            captured = server.capture()
+            captured = server.capture(timeout_s)
             return captured and replace(captured, plan=planned)
 
         directory = CheckpointDirectory(url, user=self._user, keep=self._config.keep_checkpoints)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -11,13 +12,36 @@ from pyspark import RDD, TaskContext
 from tensorspark.driver.feeding import require_whole_partitions
 from tensorspark.driver.jobs import SparkJob, summary
 from tensorspark.driver.progress import ProgressLine
-from tensorspark.errors import FeedError, SessionClosedError, WorkerFailedError
+from tensorspark.errors import ConfigError, FeedError, SessionClosedError, WorkerFailedError
 from tensorspark.history import WorkerReport
 from tensorspark.ps.server import ParameterServer
+from tensorspark.weights.combiners import WeightCombiner
 from tensorspark.worker import WorkerJob, run_partition
 
 _POLL_S = 0.1
 _FAILED_JOB_GRACE_S = 1.0
+_combiners_at_work: set[int] = set()  # by id, in this process
+
+
+@contextlib.contextmanager
+def exclusively(session: threading.Lock, combiner: WeightCombiner) -> Iterator[None]:
+    """One run at a time for each session, and for each combiner, which may have state.
+
+    Raises:
+        ConfigError: another run is under way.
+    """
+    with contextlib.ExitStack() as stack:
+        if not session.acquire(blocking=False):
+            raise ConfigError("this SparkSession is training already: one feed at a time, or a session for each thread")
+        stack.callback(session.release)
+        if id(combiner) in _combiners_at_work:
+            raise ConfigError(
+                f"this {type(combiner).__name__} is at work in another session, and combiners may have state: pass "
+                f"each session one of its own"
+            )
+        _combiners_at_work.add(id(combiner))
+        stack.callback(_combiners_at_work.discard, id(combiner))
+        yield
 
 
 def run_job(

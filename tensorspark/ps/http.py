@@ -125,7 +125,8 @@ class LimitedServer(tornado.httpserver.HTTPServer):
         if now < self._warned_at + _WARNING_INTERVAL_S:
             return
         logger.warning(
-            "%d connection(s) closed at once, the last from %s: %d are open, the most that are allowed",
+            "%d connection(s) closed at once, the last from %s: %d are open, the most that are allowed "
+            "(spark.tensorspark.server.max.connections): each worker needs one",
             self._num_refused,
             address[0],
             self._max_connections,

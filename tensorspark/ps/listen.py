@@ -14,6 +14,9 @@ logger = logging.getLogger(__name__)
 # Files that the rest of the process (Spark's gateway, a checkpoint, TensorBoard) may want open at the same time.
 _RESERVED_FILES = 128
 
+# Linux takes no more for TCP_KEEPIDLE and TCP_KEEPINTVL (EINVAL).
+_MAX_PROBE_S = 32767
+
 
 def bind(host: str, port: int) -> list[socket.socket]:
     """Listens on every address of `host` if it is this machine's, else on all interfaces; all on one port.
@@ -87,7 +90,7 @@ def notice_vanished_peer(connection: socket.socket, deadline_s: float) -> None:
     Without it the lease of such a worker would last for ever, and Spark's retry of the partition wait as long.
     """
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    probe_s = max(1, round(deadline_s / 4))
+    probe_s = min(max(1, round(deadline_s / 4)), _MAX_PROBE_S)
     for option, value in (("TCP_KEEPIDLE", probe_s), ("TCP_KEEPINTVL", probe_s), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, option):  # macOS calls the first TCP_KEEPALIVE
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

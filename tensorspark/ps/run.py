@@ -119,7 +119,7 @@ class Run:
         except StreamClosedError:
             pass
         except (ProtocolError, TimeoutError) as error:
-            logger.warning("connection %d closed: %.1000s", number, error or "a frame did not end in time")
+            logger.warning("connection %d closed: %.1000s", number, str(error) or "a frame did not end in time")
         finally:
             connection.close()
             del self._connections[number]

@@ -94,7 +94,7 @@ class Gate:
             return
         if partition not in self._lost_at:
             self._rounds[partition] = max(self._rounds[partition], self._floor)
-        if partition in self._given_up:
+        if partition in self._given_up and self._plan.staleness is not None:  # else its absence was not told either
             logger.warning("partition %d is back after its recovery timeout, and counts again", partition)
         self._lost_at.pop(partition, None)
         self._given_up.discard(partition)

@@ -42,7 +42,7 @@ class ServerOptimizer(RoundCombiner):
         self._learning_rate = checked_number(self, "learning_rate", learning_rate)
         self._first_values = slots
         self._settings = settings
-        self._slots: dict[str, Buffer] = {}  # made at the first round, when the layout is known
+        self.reset_value()
 
     def step(self, delta: Block, slots: dict[str, Block]) -> None:
         """Turns Δ, in place, into what is added to the weights; brings the slots up to date, in place.
@@ -54,7 +54,8 @@ class ServerOptimizer(RoundCombiner):
         raise NotImplementedError(f"{type(self).__name__} must define step(delta, slots)")
 
     def reset_value(self) -> None:
-        self._slots = {}
+        self._slots: dict[str, Buffer] = {}  # made at the first round, when the layout is known
+        self._slots_of = ""  # fingerprint of that layout
 
     def state(self) -> CombinerState:
         return CombinerState(slots=dict(self._slots))
@@ -62,14 +63,15 @@ class ServerOptimizer(RoundCombiner):
     def restore_state(self, layout: WeightLayout, state: CombinerState) -> None:
         if state.slots:  # none before the first round
             require_slots(self, layout, state.slots, *self._first_values)
-        self._slots = dict(state.slots)
+        self._slots, self._slots_of = dict(state.slots), layout.fingerprint
 
     @property
     def settings(self) -> dict[str, int | float | str | bool]:
         return {"learning_rate": self._learning_rate, **self._settings}
 
     def finish(self, layout: WeightLayout, current: Buffer, folded: Buffer, num_pushes: int, num_workers: int) -> bool:
-        if not self._slots:
+        if not self._slots or self._slots_of != layout.fingerprint:  # another model begins anew
+            self._slots_of = layout.fingerprint
             self._slots = {name: _filled(layout, value) for name, value in self._first_values.items()}
         with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
             for dtype, block in blocks(layout):

@@ -412,3 +412,13 @@ def test_a_column_says_what_it_takes() -> None:
     assert not Column("x", (None, 3), "int8").fits((7, 4))
     assert not Column("x", (None, 3), "int8").fits((3,))
     assert Column("x", None, "int8").fits((7, 4, 1))
+
+
+@pytest.mark.parametrize("num_epochs", [1, 2])
+@modes
+@pytest.mark.parametrize("num_rows", [0, 3, 4])
+def test_rows_that_end_before_the_cursor_are_refused(num_rows: int, shuffle: bool, num_epochs: int) -> None:
+    feed = _feed(_rows(num_rows), shuffle=shuffle, num_epochs=num_epochs)
+    message = rf"partition 3: training goes on at batch 2 of 4 rows, but the feed gave {-(-num_rows // 4)} batches"
+    with pytest.raises(FeedError, match=message):
+        list(feed.batches(0, 2))

@@ -19,7 +19,7 @@ import pytest
 
 from tensorspark.ps import listen, protocol
 from tensorspark.ps.http import Door, LimitedServer
-from tensorspark.ps.listen import connection_limit
+from tensorspark.ps.listen import connection_limit, notice_vanished_peer
 from tensorspark.ps.run import Run
 from tensorspark.ps.server import ParameterServer
 from tensorspark.weights.combiners import DeltaWeightCombiner
@@ -363,3 +363,9 @@ def test_no_more_connections_are_allowed_than_the_process_may_open_files_for(
 ) -> None:
     monkeypatch.setattr(listen.resource, "getrlimit", lambda which: (max_files, max_files))
     assert connection_limit(asked) == expected
+
+
+def test_a_deadline_of_days_is_not_too_long_for_the_kernels_keepalive() -> None:
+    with socket.socket() as connection:
+        notice_vanished_peer(connection, 30 * 86400.0)
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1

@@ -412,6 +412,15 @@ def test_a_push_that_stalls_is_cut_off_at_its_deadline(start: Start) -> None:
             worker._link.receive(Kind.ACCEPTED)
 
 
+def test_the_log_says_why_a_push_that_stalls_was_cut_off(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    cluster = start(LARGE, io_timeout_s=0.3)
+    client = cluster.worker()
+    client._link._socket.sendall(protocol.encode(Kind.PUSH, {}, LARGE.num_bytes))
+    assert client._link._socket.recv(1) == b""
+    assert cluster.server.status().num_live == 0
+    assert "closed: a frame did not end in time" in caplog.text
+
+
 def test_a_puller_that_does_not_read_holds_nobody_up_beyond_its_deadline(start: Start) -> None:
     layout = WeightLayout([TensorSpec("W:0", (8_000_000,), "float32")])
     cluster = start(layout, io_timeout_s=0.5)

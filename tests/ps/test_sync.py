@@ -175,3 +175,20 @@ def test_a_restored_bulk_synchronous_run_goes_on_in_one_round() -> None:
     opened.join(0, 0.0)
     opened.join(1, 0.0)
     assert [opened.may_begin(0), opened.may_begin(1)] == [True, True]
+
+
+def test_a_restored_run_goes_on_with_those_that_came_though_the_last_of_them_had_ended() -> None:
+    gate = Gate(SyncPlan(1, num_first=2), [3, 0, 9], ended=frozenset({2}))
+    gate.join(0, 0.0)
+    assert not gate.may_begin(0)
+    gate.join(2, 1.0, is_finished=True)  # partition 1, three rounds behind, waits for a slot
+    assert gate.may_begin(0)
+
+
+def test_asynchronously_nobody_is_told_of_a_return_whose_absence_was_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    gate = Gate(SyncPlan(None, recovery_timeout_s=1.0), [0, 0])
+    gate.join(0, 0.0)
+    gate.lose(0, 0.0)
+    assert gate.tick(1.0)
+    gate.join(0, 2.0)
+    assert not caplog.records

@@ -166,3 +166,13 @@ def test_slots_of_another_combiner_or_model_are_refused() -> None:
     for slots in wrong:
         with pytest.raises(CheckpointError, match=r"ServerAdam's state must hold the slots \{'first_moment': 64, "):
             ServerAdam(0.1).restore_state(LAYOUT, CombinerState(slots))
+
+
+@pytest.mark.parametrize("shape", [(3,), (5,)])
+def test_another_model_begins_without_the_former_ones_slots(shape: tuple[int, ...]) -> None:
+    combiner = ServerSGD(momentum=0.5)
+    _step(combiner, LAYOUT.pack({"W": START}), [1.0, 2.0, 4.0])
+    layout = WeightLayout([TensorSpec("V", shape, "float64")])
+    current, pushed = (layout.pack({"V": np.full(shape, value)}) for value in (3.0, 2.0))
+    assert combiner.finish(layout, current, pushed, 1, 1) is True
+    assert layout.views(pushed)["V"].tolist() == [5.0] * shape[0]
