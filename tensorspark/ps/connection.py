@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # Up to here a copy costs less than a second system call.
 _JOINED_PAYLOAD_BYTES = 2**15
+# Of a push: long enough that asking for the next costs nothing, short enough to show that the worker is alive.
+_PART_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,8 @@ class Connection:
         may_take_last: whether a push of this worker may take the pool's last buffer, see `BufferPool`.
 
     Attributes:
-        heard_at: when the worker's last frame began or ended, on the monotonic clock.
+        heard_at: when a frame of the worker's began or ended last, or a part of a push came, on the monotonic clock.
         is_held_up: whether a push waits for a buffer, so that nothing of the worker is read.
-        is_reading: whether a push is on its way in.
     """
 
     def __init__(
@@ -58,7 +59,6 @@ class Connection:
         self.number = number
         self.heard_at = time.monotonic()
         self.is_held_up = False
-        self.is_reading = False
         self._may_take_last = may_take_last
         self._stream = stream
         self._layout = layout
@@ -99,23 +99,22 @@ class Connection:
             buffer = await self._pool.take(self._may_take_last)
         finally:
             self.is_held_up = False
-        self.is_reading = True
         try:
             async with asyncio.timeout(self._deadline_s):
-                await self._stream.read_into(buffer.data)  # type: ignore[arg-type]
+                for part in _parts(buffer.data):
+                    await self._stream.read_into(part)  # type: ignore[arg-type]
+                    self.heard_at = time.monotonic()
         except BaseException:
             self.close()
             self._pool.put_back(buffer)
             raise
-        finally:
-            self.is_reading = False
         return buffer
 
     @property
     def is_busy(self) -> bool:
-        """Whether something is on its way, in or out, which has a deadline of its own."""
+        """Whether the worker cannot say anything, as it waits for a buffer or takes an answer in."""
         is_writing = self._unwritten is not None and not self._unwritten.done()
-        return self.is_held_up or self.is_reading or is_writing
+        return self.is_held_up or is_writing
 
     def write(
         self,
@@ -165,6 +164,11 @@ class Connection:
 
     def close(self) -> None:
         self._stream.close()
+
+
+def _parts(payload: memoryview) -> Iterator[memoryview]:
+    for start in range(0, payload.nbytes, _PART_BYTES):
+        yield payload[start : start + _PART_BYTES]
 
 
 def _retrieve(future: asyncio.Future[None]) -> None:

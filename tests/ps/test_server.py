@@ -412,6 +412,17 @@ def test_a_push_that_stalls_is_cut_off_at_its_deadline(start: Start) -> None:
             worker._link.receive(Kind.ACCEPTED)
 
 
+def test_a_worker_that_stops_in_the_middle_of_a_push_loses_its_lease(start: Start) -> None:
+    cluster = start(LARGE, io_timeout_s=60, lease_timeout_s=0.3)
+    client = cluster.worker()
+    client._closing.set()  # no heartbeat, as of a process that is stopped
+    header = protocol.encode(Kind.PUSH, {}, LARGE.num_bytes)
+    client._link._socket.sendall(header + bytes(LARGE.num_bytes // 2))
+    client._link._socket.settimeout(10)
+    assert client._link._socket.recv(1) == b""
+    assert cluster.server.status().num_lost == 1
+
+
 def test_the_log_says_why_a_push_that_stalls_was_cut_off(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     cluster = start(LARGE, io_timeout_s=0.3)
     client = cluster.worker()
