@@ -93,7 +93,7 @@ class HonestWorker(Speaker):
 
     def turn(self) -> None:
         assert self._client is not None
-        version = self._client.pull(self._pulled)
+        version = self._client.pull(self._pulled).version
         if self._pulled.tobytes() != self.expected.tobytes():
             raise ValueError(f"pull {self.num_rounds}, version {version}: the weights are not the sum of the pushes")
         self.num_rounds += 1
@@ -138,7 +138,7 @@ class Attacker(Speaker):
         self._role = role
         self._seed = seed
         self._random = random.Random(seed)
-        self._frames = [frame for frame in frames if role == "strangers" or frame[5] != Kind.FAIL]
+        self._frames = [frame for frame in frames if role == "strangers" or frame[5] not in (Kind.FAIL, Kind.SKIP)]
         self._register = next(frame for frame in frames if frame[5] == Kind.REGISTER)
         self._mutator = Mutator(self._frames, seed)
         upgrade = (
@@ -200,9 +200,8 @@ class Attacker(Speaker):
         for frame in self._frames:
             if frame[5] == Kind.PUSH:
                 header["sequence"] += 1
-                frame = with_fields(
-                    frame, sequence=header["sequence"], epoch=header["epoch"], batch=header["batch"], version=0
-                )
+                batch = max(1, header["batch"])  # where one field more would have to be wrong to end the epoch for good
+                frame = with_fields(frame, sequence=header["sequence"], epoch=header["epoch"], batch=batch, version=0)
             rebased.append(frame)
         return rebased
 
@@ -263,7 +262,7 @@ def _requests(token: str) -> list[bytes]:
         "GET /healthz HTTP/1.1\r\nHost: x",
         "HEAD /healthz HTTP/1.0",
         "GET /status HTTP/1.1\r\nHost: x\r\nConnection: keep-alive\r\nAuthorization: Bearer " + token,
-        "GET /workers HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: tensorspark/2\r\nAuthorization: Bearer x",
+        "GET /workers HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: tensorspark/3\r\nAuthorization: Bearer x",
         "POST /status HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nAuthorization: Bearer " + token + "\r\n\r\nabcde",
         "POST /workers HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nAuthorization: Bearer " + token
         + "\r\n\r\n5\r\nabcde\r\n0",

@@ -31,7 +31,7 @@ from benchmarks.attackers import Attacker, HonestWorker
 from benchmarks.mutations import record
 from benchmarks.processes import Peer
 from benchmarks.report import Report, argument_parser, say
-from benchmarks.victims import LAYOUT, FuzzedParser, FuzzedServer, Observation
+from benchmarks.victims import EPOCHS, LAYOUT, FuzzedParser, FuzzedServer, Observation
 
 _NUM_INPUTS = 1_000_000
 _HOLDERS_SHARE = 0.05
@@ -67,7 +67,7 @@ class Outcome:
 
 def main() -> int:
     arguments = _arguments()
-    frames = record(LAYOUT)
+    frames = record(LAYOUT, EPOCHS)
     live = max(2, arguments.inputs)
     num_holders = round(live * _HOLDERS_SHARE)
     say(f"parser: {arguments.inputs} inputs")

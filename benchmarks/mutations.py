@@ -15,7 +15,7 @@ import msgpack
 
 from tensorspark.ps import protocol
 from tensorspark.ps.client import ParameterClient, ServerAddress
-from tensorspark.ps.messages import Cursor, Push, Registration
+from tensorspark.ps.messages import Cursor, EpochPlan, Push, Registration
 from tensorspark.ps.protocol import Kind
 from tensorspark.ps.server import ParameterServer
 from tensorspark.weights.combiners import DeltaWeightCombiner
@@ -48,17 +48,24 @@ _OTHERS: tuple[Any, ...] = (
 )  # fmt: skip
 _LONGEST = 65_420  # of a string that fits into a header beside a registration's other fields
 _MAX_DEPTH = 1023  # msgpack itself gives up at 1,024
-_NAMES = ("sequence", "message", "traceback", "sums", "epoch_samples", "fingerprint", "host", "run", "attempt", "x")
+_NAMES = (
+    *("sequence", "message", "traceback", "sums", "epoch_samples", "fingerprint", "host", "run", "attempt", "x"),
+    *("epoch", "num_samples", "values", "order"),
+)
 
 
-def record(layout: WeightLayout) -> list[bytes]:
-    """What two real workers send, frame by frame: one trains and finishes, the other fails.
+def record(layout: WeightLayout, epochs: EpochPlan) -> list[bytes]:
+    """What two real workers send, frame by frame: one trains, evaluates and finishes, one skips and fails.
 
     They speak to a server of their own, through a relay that takes notes.
+
+    Args:
+        epochs: at least two, with validation.
     """
     weights = layout.allocate()
+    totals = struct.pack(f"<{epochs.num_totals}d", *(1.5 + index for index in range(epochs.num_totals)))
     with ParameterServer(layout, "127.0.0.1") as server:
-        run = server.begin_run(weights, DeltaWeightCombiner(), 2)
+        run = server.begin_run(weights, DeltaWeightCombiner(), 2, epochs=epochs)
         with _Relay(server.port) as relay:
             for partition in range(2):
                 address = ServerAddress("127.0.0.1", relay.port, server.token, _TIMEOUT_S, _TIMEOUT_S)
@@ -66,11 +73,15 @@ def record(layout: WeightLayout) -> list[bytes]:
                     client.register(Registration(run, partition, 100 + partition, layout.fingerprint, "worker.example"))
                     client.pull(weights)
                     client.push(weights, Push(1, Cursor(0, 3), 3, 30, sums={"loss": 1.5, "accuracy": 0.25}))
-                    client.push(weights, Push(2, Cursor(1, 0), 3, 30, 1, sums={"loss": 1.25}, progress=0.5))
+                    client.push(weights, Push(2, Cursor(1), 3, 30, 1, sums={"loss": 1.25}, progress=0.5, totals=totals))
                     client.flush()
                     if partition == 0:
+                        client.pull(weights)
+                        client.report_evaluation(0, totals, 20)
+                        server.release_epoch(0, {"learning_rate": 0.25})
                         client.finish(epoch_samples=[60], epoch_seconds=[0.5], step_s=0.25, sync_s=0.125)
                     else:
+                        client.skip_epoch(1)
                         client.report("ValueError: bad row", "Traceback (most recent call last): ...")
         return [*split(bytes(relay.recorded)), protocol.encode(Kind.ALIVE, {})]
 

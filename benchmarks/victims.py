@@ -23,6 +23,7 @@ from benchmarks.mutations import Mutator
 from tensorspark.errors import ProtocolError
 from tensorspark.ps import protocol
 from tensorspark.ps.link import ServerAddress
+from tensorspark.ps.messages import EpochPlan
 from tensorspark.ps.protocol import Kind
 from tensorspark.ps.server import ParameterServer
 from tensorspark.ps.sync import SyncPlan
@@ -32,18 +33,30 @@ from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 LAYOUT = WeightLayout([TensorSpec("W:0", (16, 4), "float32"), TensorSpec("step:0", (), "int64")])
 HONEST_PARTITION = 0
 NUM_HOLDERS = 15
+SNAPSHOT_HEADER = {
+    "version": 3,
+    "order": "train",
+    "epoch": 2,
+    "num_steps": 90,
+    "num_workers": 2,
+    "values": {"learning_rate": 0.5},
+}
+EPOCHS = EpochPlan(num_epochs=3, validates=True, num_totals=2, values={"learning_rate": 0.5})
 
 _HOST = "127.0.0.1"
 _NUM_BUFFERS = 4
 _IO_TIMEOUT_S = 5.0
 _MAX_FAILURES = 20
 _FIELDS: dict[str, Any] = {
-    **dict.fromkeys(("message", "traceback", "fingerprint", "host", "code"), str),
+    **dict.fromkeys(("message", "traceback", "fingerprint", "host", "code", "order"), str),
     **dict.fromkeys(("progress", "step_s", "sync_s"), float),
     **dict.fromkeys(("is_resuming", "finished"), bool),
-    "sums": dict,
+    **dict.fromkeys(("sums", "values"), dict),
 }
-_COUNTS = ("run", "partition", "attempt", "sequence", "epoch", "batch", "num_steps", "num_samples", "version")
+_COUNTS = (
+    *("run", "partition", "attempt", "sequence", "epoch", "batch", "num_steps", "num_samples", "version"),
+    "num_workers",
+)
 
 
 def initial_weights() -> Buffer:
@@ -126,7 +139,7 @@ class FuzzedParser:
 
     def __init__(self, frames: list[bytes], seed: int) -> None:
         refusal = protocol.encode(Kind.REFUSED, {"code": "lease_lost", "message": "of partition 7"})
-        self._mutator = Mutator([*frames, refusal, protocol.encode(Kind.SNAPSHOT, {"version": 3})], seed)
+        self._mutator = Mutator([*frames, refusal, protocol.encode(Kind.SNAPSHOT, SNAPSHOT_HEADER)], seed)
         self._num_inputs: collections.Counter[str] = collections.Counter()
         self._answers: collections.Counter[str] = collections.Counter()
         self._failures: list[str] = []
@@ -164,8 +177,9 @@ def parse(frame: bytes) -> None:
     A field of the wrong type does not end it: all are read.
     """
     data = frame[: protocol.PREFIX_BYTES].ljust(protocol.PREFIX_BYTES, b"\0")
-    prefix = protocol.decode_prefix(data, frozenset(Kind), LAYOUT.num_bytes)
-    if prefix.payload_bytes > LAYOUT.num_bytes:
+    limit = LAYOUT.num_bytes + EPOCHS.totals_bytes
+    prefix = protocol.decode_prefix(data, frozenset(Kind), limit)
+    if prefix.payload_bytes > limit:
         raise AssertionError(f"a payload of {prefix.payload_bytes} bytes was let through")
     header = protocol.decode_header(memoryview(frame)[protocol.PREFIX_BYTES :][: prefix.header_bytes])
     readers: list[Callable[[], object]] = [
@@ -194,6 +208,7 @@ class FuzzedServer:
             OnlyHonest() if are_holders else DeltaWeightCombiner(),
             1 + NUM_HOLDERS * are_holders,
             sync=SyncPlan(staleness=None if are_holders else 0),
+            epochs=EPOCHS,
         )
 
     def address(self) -> ServerAddress:

@@ -7,6 +7,7 @@
     ├── FeedError                 (also ValueError)  rows or feed names that do not fit the graph
     ├── FeedLostError             (also RuntimeError)  Spark stopped sending rows: it repeats the task
     ├── GraphError                (also ValueError)  a variable, tensor or graph that cannot be trained
+    ├── ModelError                (also ValueError)  a Keras model or function that cannot be trained, or cannot travel
     ├── CheckpointError           (also ValueError)  a checkpoint that is absent, damaged or of another model or run
     ├── StagingError              (also OSError)     a staging or temporary directory that cannot be used
     ├── SessionClosedError        (also RuntimeError)  a session used after ``close()``
@@ -60,6 +61,10 @@ class FeedLostError(TensorsparkError, RuntimeError):
 
 class GraphError(TensorsparkError, ValueError):
     """A variable, tensor or graph that cannot be trained."""
+
+
+class ModelError(TensorsparkError, ValueError):
+    """A Keras model or training function that cannot be trained, or that cannot be rebuilt in another process."""
 
 
 class CheckpointError(TensorsparkError, ValueError):

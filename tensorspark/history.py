@@ -75,6 +75,9 @@ class History:
         seed: of the shuffles: with it the same batches come again.
         points: the run's course, at most 2,000 points; a longer run's neighbours are merged.
         workers: one report a partition.
+        history: of `SparkSession.fit`: each metric's values by epoch, as `keras.callbacks.History` has them; metrics of
+            held-out rows begin with ``val_``. Those of training are over the epoch's steps of all workers, by samples.
+        epoch: the epochs' numbers, from 0.
     """
 
     name: str
@@ -84,6 +87,8 @@ class History:
     seed: int
     points: tuple[Point, ...] = field(repr=False)
     workers: tuple[WorkerReport, ...] = field(repr=False)
+    history: Mapping[str, list[Any]] = field(default_factory=dict)
+    epoch: tuple[int, ...] = ()
 
     @property
     def samples_per_s(self) -> float:

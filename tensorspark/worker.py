@@ -1,28 +1,26 @@
 """The executor's side of a run: `run_partition` trains one partition. Read it first.
 
 It runs inside a Spark task: registers with the server, obtains the trainer, and repeats: pull, `sync_interval` local
-steps, push. Whatever goes wrong in it is reported to the server, and so to the driver, before the task fails.
+steps, push. What comes back with each pull says whether to train on, to evaluate the held-out rows, or to end. Whatever
+goes wrong is reported to the server, and so to the driver, before the task fails.
 """
 
 from __future__ import annotations
 
 import socket
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from tensorspark.data.batches import Batch, PartitionFeed
+from tensorspark.data.decoders import Decoder
+from tensorspark.data.feed import Feed, PartitionFeed, Stretch
 from tensorspark.data.spill import EpochCache
 from tensorspark.errors import FeedLostError, LeaseLostError, RunStoppedError
+from tensorspark.exchange import EpochClock, Exchange, Steps, exchange_for
 from tensorspark.ps.client import Granted, ParameterClient, ServerAddress
-from tensorspark.ps.messages import Cursor, Push, Registration
+from tensorspark.ps.messages import Order, OrderKind, Registration
 from tensorspark.trainers.base import Trainer, TrainerSpec, obtain
-from tensorspark.weights.elastic import elastic_difference
-from tensorspark.weights.layout import Buffer, WeightLayout
 
 _MAX_REPORTED_EPOCHS = 1000  # they must fit into a frame's header
 
@@ -34,14 +32,18 @@ class WorkerJob:
     Attributes:
         run: number of the run on its server.
         content: fetches the trainer's content on the executor.
+        decoder: reads the feed's rows.
         pushes: "weights", "delta" or "elastic", as the run's combiner wants.
         moving_rate: of elastic averaging.
+        has_epochs: whether the server keeps all workers in one epoch, at whose end they evaluate.
+        validation_split: part of the rows that is held out.
     """
 
     address: ServerAddress
     run: int
     spec: TrainerSpec
     content: Callable[[], bytes] = field(repr=False)
+    decoder: Decoder
     pushes: str
     moving_rate: float
     batch_size: int
@@ -51,6 +53,8 @@ class WorkerJob:
     seed: int
     cache_memory_bytes: int
     tmp_dir: str
+    has_epochs: bool = False
+    validation_split: float = 0.0
 
 
 def run_partition(job: WorkerJob, partition: int, attempt: int, rows: Iterable[Any]) -> None:
@@ -82,187 +86,82 @@ def run_partition(job: WorkerJob, partition: int, attempt: int, rows: Iterable[A
 
 def _train(job: WorkerJob, partition: int, rows: Iterator[Any], client: ParameterClient, granted: Granted) -> None:
     trainer = obtain(job.spec, job.content)
-    with EpochCache(job.cache_memory_bytes, job.tmp_dir) as cache:
+    trainer.reset(partition, job.seed)
+    with _cache(job) as cache, _cache(job) as validation_cache:
         feed = PartitionFeed(
             rows,
-            trainer.columns,
+            job.decoder,
             partition=partition,
             batch_size=job.batch_size,
             num_epochs=job.num_epochs,
             shuffle=job.shuffle,
             seed=job.seed,
             cache=cache,
+            validation_cache=validation_cache,
+            validation_split=job.validation_split,
         )
-        exchange = _exchange_for(job, client, trainer, granted.sequence)
-        clock = _EpochClock()
-        for interval in _intervals(feed.batches(granted.cursor.epoch, granted.cursor.batch), job.sync_interval):
-            exchange.before()
-            steps = _Steps(trainer, job.num_epochs, clock)
-            for batch in interval:
-                steps.run(batch)
-            exchange.after(steps)
+        feed.seek(granted.cursor.epoch, granted.cursor.batch)
+        exchange = exchange_for(
+            job.pushes, job.moving_rate, client, trainer, granted.sequence, has_epochs=job.has_epochs
+        )
+        clock = _Loop(job, client, trainer, feed, exchange).run()
         client.finish(
             epoch_samples=clock.epoch_samples[-_MAX_REPORTED_EPOCHS:],
             epoch_seconds=clock.epoch_seconds[-_MAX_REPORTED_EPOCHS:],
             step_s=clock.step_s,
             sync_s=exchange.sync_s,
         )
+        feed.drain()
 
 
-def _intervals(batches: Iterator[Batch], sync_interval: int) -> Iterator[Iterator[Batch]]:
-    """Cuts the batches into runs of `sync_interval`, lazily: the first batch of each is at hand before the pull."""
-    first = next(batches, None)
-    while first is not None:
-        yield _interval(first, batches, sync_interval)
-        first = next(batches, None)
+def _cache(job: WorkerJob) -> EpochCache:
+    return EpochCache(job.cache_memory_bytes, job.tmp_dir)
 
 
-def _interval(first: Batch, batches: Iterator[Batch], sync_interval: int) -> Iterator[Batch]:
-    yield first
-    for _ in range(sync_interval - 1):
-        batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch
+class _Loop:
+    """A partition's intervals, as the server orders them."""
 
-
-class _EpochClock:
-    """How long steps and epochs took; an epoch begins with its first batch at hand."""
-
-    def __init__(self) -> None:
-        self.epoch_samples: list[int] = []
-        self.epoch_seconds: list[float] = []
-        self.step_s = 0.0
-        self._num_rows = 0
-        self._epoch_began = time.perf_counter()
-
-    def count(self, batch: Batch) -> None:
-        self._num_rows += batch.num_rows
-        if batch.is_last_of_epoch:
-            now = time.perf_counter()
-            self.epoch_samples.append(self._num_rows)
-            self.epoch_seconds.append(now - self._epoch_began)
-            self._num_rows, self._epoch_began = 0, now
-
-
-class _Steps:
-    """The local steps between a pull and a push, and their sums."""
-
-    def __init__(self, trainer: Trainer, num_epochs: int, clock: _EpochClock) -> None:
-        self._trainer = trainer
-        self._num_epochs = num_epochs
-        self._clock = clock
-        self._sums = np.zeros(len(trainer.scalar_names))
-        self._last: Batch | None = None
-        self.num_steps = 0
-        self.num_samples = 0
-
-    def run(self, batch: Batch) -> None:
-        began = time.perf_counter()
-        scalars = self._trainer.step(batch.columns)
-        self._clock.step_s += time.perf_counter() - began
-        if scalars:
-            self._sums += np.multiply(scalars, batch.num_rows)
-        self.num_steps += 1
-        self.num_samples += batch.num_rows
-        self._last = batch
-        self._clock.count(batch)
-
-    def as_push(self, sequence: int, version: int) -> Push:
-        last = self._last
-        assert last is not None
-        cursor = Cursor(last.epoch + 1, 0) if last.is_last_of_epoch else Cursor(last.epoch, last.index + 1)
-        in_epoch = 1.0 if last.is_last_of_epoch else (last.index + 1) / last.num_batches if last.num_batches else None
-        return Push(
-            sequence=sequence,
-            cursor=cursor,
-            num_steps=self.num_steps,
-            num_samples=self.num_samples,
-            version=version,
-            sums=dict(zip(self._trainer.scalar_names, self._sums.tolist(), strict=True)),
-            progress=None if in_epoch is None else (last.epoch + in_epoch) / self._num_epochs,
-        )
-
-
-class _Exchange:
-    """What a worker does between its local steps: here it trains on from what it pulled, and pushes what came of it."""
-
-    def __init__(self, client: ParameterClient, trainer: Trainer, sequence: int) -> None:
+    def __init__(
+        self, job: WorkerJob, client: ParameterClient, trainer: Trainer, feed: Feed, exchange: Exchange
+    ) -> None:
+        self._job = job
         self._client = client
         self._trainer = trainer
-        self._sequence = sequence
-        self._version = 0
-        self._pulled = trainer.layout.allocate()
-        self._local = trainer.layout.allocate()
-        self.sync_s = 0.0
+        self._feed = feed
+        self._exchange = exchange
+        self._clock = EpochClock()
 
-    def before(self) -> None:
-        """Before an interval's steps."""
-        began = time.perf_counter()
-        self._pull()
-        self._trainer.load(self._pulled)
-        self.sync_s += time.perf_counter() - began
+    def run(self) -> EpochClock:
+        # The first batches of an interval are at hand before the pull, so that its weights are fresh.
+        stretch = self._feed.take(self._job.sync_interval)
+        while stretch is not None or self._job.has_epochs:
+            order = self._exchange.before()
+            if order.kind is OrderKind.FINISH:
+                break
+            if order.kind is OrderKind.EVALUATE:
+                self._evaluate(order)
+            elif stretch is None or (self._job.has_epochs and stretch.epoch > order.epoch):
+                self._client.skip_epoch(order.epoch)  # this partition has no rows to train on
+            else:
+                self._train(stretch)
+                stretch = self._feed.take(self._job.sync_interval)
+        return self._clock
 
-    def after(self, steps: _Steps) -> None:
-        """After an interval's steps."""
-        began = time.perf_counter()
-        self._trainer.read(self._local)
-        self._push(self._outgoing(), steps)
-        self.sync_s += time.perf_counter() - began
+    def _train(self, stretch: Stretch) -> None:
+        """One interval: the stretch that is at hand, and more as far as it goes on."""
+        steps = Steps(self._trainer, self._job.num_epochs, self._clock)
+        following: Stretch | None = stretch
+        while following is not None:
+            steps.run(following)
+            num_left = self._job.sync_interval - steps.num_steps
+            is_over = num_left <= 0 or (self._job.has_epochs and following.is_last_of_epoch)
+            following = None if is_over else self._feed.take(num_left)
+        self._exchange.after(steps)
 
-    def _outgoing(self) -> Buffer:
-        """What is pushed; it stays as it is until the next pull."""
-        return self._local
-
-    def _pull(self) -> None:
-        self._version = self._client.pull(self._pulled)
-
-    def _push(self, buffer: Buffer, steps: _Steps) -> None:
-        self._sequence += 1
-        self._client.push(buffer, steps.as_push(self._sequence, self._version))
-
-
-class _DeltaExchange(_Exchange):
-    """Pushes how the steps changed what was pulled."""
-
-    def _outgoing(self) -> Buffer:
-        subtract(self._trainer.layout, self._local, self._pulled)
-        return self._local
-
-
-class _ElasticExchange(_Exchange):
-    """Keeps weights of its own, which it and the server draw to each other: see `weights.elastic`.
-
-    A successor of a worker that died has lost them, and begins at the server's.
-    """
-
-    def __init__(self, client: ParameterClient, trainer: Trainer, sequence: int, moving_rate: float) -> None:
-        super().__init__(client, trainer, sequence)
-        self._moving_rate = moving_rate
-        self._difference = trainer.layout.allocate()
-        self._has_begun = False
-
-    def before(self) -> None:
-        if not self._has_begun:
-            super().before()
-        self._has_begun = True
-
-    def _outgoing(self) -> Buffer:
-        self._pull()
-        elastic_difference(self._trainer.layout, self._local, self._pulled, self._moving_rate, self._difference)
-        self._trainer.load(self._local)
-        return self._difference
-
-
-def _exchange_for(job: WorkerJob, client: ParameterClient, trainer: Trainer, sequence: int) -> _Exchange:
-    if job.pushes == "elastic":
-        return _ElasticExchange(client, trainer, sequence, job.moving_rate)
-    return (_DeltaExchange if job.pushes == "delta" else _Exchange)(client, trainer, sequence)
-
-
-def subtract(layout: WeightLayout, new: Buffer, base: Buffer) -> None:
-    """Turns weights into their change, in place: new - base."""
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is the server's to refuse, by name
-        for segment in layout.segments:
-            values = segment.of(new)
-            np.subtract(values, segment.of(base), out=values)
+    def _evaluate(self, order: Order) -> None:
+        num_samples = 0
+        with self._exchange.evaluating():
+            for columns in self._feed.validation():
+                num_samples += len(columns[0])
+                self._trainer.evaluate(columns, self._job.batch_size)
+        self._client.report_evaluation(order.epoch, self._trainer.take_totals().astype("<f8").tobytes(), num_samples)

@@ -14,6 +14,7 @@ import pytest
 
 if TYPE_CHECKING:
     from pyspark import SparkContext
+    from pyspark.sql import SparkSession as SqlSession
 
     from tests.regression import Regression
 
@@ -62,6 +63,14 @@ def sc() -> Iterator[SparkContext]:
     context = SparkContext(conf=conf)
     yield context
     context.stop()
+
+
+@pytest.fixture(scope="session")
+def spark(sc: SparkContext) -> SqlSession:
+    """The same context, for DataFrames."""
+    from pyspark.sql import SparkSession
+
+    return SparkSession(sc)
 
 
 @pytest.fixture

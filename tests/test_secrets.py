@@ -35,7 +35,8 @@ def test_the_token_is_in_no_log_repr_process_argument_or_job_description(
         server = session._server
         assert server is not None
         token = server.token
-        seen = [repr(server), repr(session), repr(session._checked), str(session._checked), repr(session._config)]
+        engine = session._engine
+        seen = [repr(server), repr(session), repr(engine._checked), str(engine._checked), repr(engine.config)]
         seen += [path.read_text(errors="ignore") for path in Path("/proc").glob("[0-9]*/cmdline")]
         tracker = sc.statusTracker()
         seen += [str(tracker.getStageInfo(stage)) for stage in range(100)]

@@ -221,7 +221,7 @@ def test_what_the_user_assigns_between_runs_is_what_the_next_run_begins_with(
 
 def test_the_originals_constructor_has_its_defaults(sc: SparkContext, model: Regression) -> None:
     with original.SparkSession(sc, model.session, "me", "mine") as session:
-        config = session._config
+        config = session._engine.config
         assert (config.server_host, config.server_port) == ("localhost", 10080)
         assert (config.sync_interval, config.batch_size) == (3, 10000)
 
@@ -590,7 +590,7 @@ def test_a_closed_session_says_so(sc: SparkContext, model: Regression) -> None:
         ),
         ({"server_port": 70000}, "server_port .* from 0 to 65535, got 70000"),
         ({"graph": "another"}, "graph must be the session's own"),
-        ({"session": None}, "session must be a tf.compat.v1.Session, got NoneType"),
+        ({"session": None}, "session must be a compiled keras.Model, .*, got NoneType"),
         ({"spark_context": "local"}, "spark_context must be a SparkContext or a pyspark SparkSession, got str"),
     ],
 )

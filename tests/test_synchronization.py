@@ -129,9 +129,9 @@ def test_every_combiner_learns_in_every_mode(
 
 def test_the_key_and_the_argument_say_the_same(sc: SparkContext, model: Regression) -> None:
     with SparkSession(sc, model.session, staleness="async") as session:
-        assert session._config.staleness is None
+        assert session._engine.config.staleness is None
     with SparkSession(sc, model.session, staleness=3) as session:
-        assert session._config.staleness == 3
+        assert session._engine.config.staleness == 3
 
 
 @pytest.mark.parametrize("staleness", [-1, 1.5, True, "bulk", "2"])

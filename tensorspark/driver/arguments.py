@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from pyspark import RDD, SparkContext
 
-from tensorspark.driver.feeding import coalesced
+from tensorspark.data.decoders import Decoder
+from tensorspark.driver.feeding import coalesced, with_validation
 from tensorspark.errors import ConfigError, FeedError
 from tensorspark.ps.checkpoint import RunCheckpoint
 from tensorspark.weights.averaging import MeanDeltaCombiner
@@ -24,94 +25,94 @@ class RunPlan:
     """How a feed is to be trained.
 
     Attributes:
-        feed_rdd: as it is trained: coalesced, where it has more partitions than a bulk-synchronous run has slots.
+        feed_rdd: as it is trained: coalesced, where all of it trains at once and it has more partitions than slots.
+        decoder: reads its elements.
         num_first: workers that the first round waits for.
+        has_epochs: whether workers wait for each other at the end of an epoch.
+        validates: whether they evaluate held-out rows there.
+        validation_split: part of the feed that is held out.
+        values: what workers are told in the first epoch, such as a learning rate.
     """
 
     feed_rdd: RDD[Any]
+    decoder: Decoder
     num_partitions: int
     num_first: int
     combiner: WeightCombiner
     shuffle: bool
     num_epochs: int
+    batch_size: int
     seed: int
+    has_epochs: bool = False
+    validates: bool = False
+    validation_split: float = 0.0
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
-def make_plan(
+@dataclass(frozen=True)
+class Arrangement:
+    """A feed's partitions, as many as are to train at once."""
+
+    feed_rdd: RDD[Any]
+    num_partitions: int
+    num_first: int
+
+
+def arrange(
     feed_rdd: RDD[Any],
-    combiner: Any,
-    shuffle: Any,
-    num_epochs: Any,
-    seed: Any,
-    *,
-    staleness: int | None,
     num_slots: Callable[[int], int],
+    *,
+    at_once: bool,
     restored: RunCheckpoint | None = None,
-) -> RunPlan:
-    """Checks and completes what `SparkSession.run` takes; see there. Raises ConfigError.
+    validation_rdd: RDD[Any] | None = None,
+) -> Arrangement:
+    """Fits a feed's partitions to the slots.
 
     Args:
         num_slots: tells how many slots there are, once there are as many as it is given, or no more will come.
+        at_once: whether all partitions have to train at the same time.
         restored: the run that is to be continued.
+        validation_rdd: held-out rows, spread over the partitions; needs `at_once`.
     """
     num_partitions = feed_rdd.getNumPartitions()
     num_restored = len(restored.partitions) if restored else num_partitions
     slots = num_slots(min(num_partitions, num_restored))
     # With as many partitions as before, the cursors of a restored run stand for the same rows.
     num_at_once = num_restored if num_restored < min(num_partitions, slots) else slots
-    if staleness == 0 and num_partitions > num_at_once:
+    if at_once and num_partitions > num_at_once:
         logger.warning(
-            "the feed's %d partitions are coalesced to %d (%d slots): in a bulk-synchronous run all train at once",
+            "the feed's %d partitions are coalesced to %d (%d slots): in such a run all train at once",
             num_partitions,
             num_at_once,
             slots,
         )
-        feed_rdd, num_partitions = coalesced(feed_rdd, num_at_once), num_at_once
-    num_first = max(1, min(num_partitions, slots))
-    return RunPlan(
-        feed_rdd=feed_rdd,
-        num_partitions=num_partitions,
-        num_first=num_first,
-        combiner=_as_combiner(combiner, num_partitions, num_first, staleness, restored),
-        shuffle=bool(shuffle),
-        num_epochs=_checked_count("num_epochs", num_epochs),
-        seed=_as_seed(restored.plan["seed"] if restored and seed is None else seed),
-    )
+        num_partitions = num_at_once
+    if validation_rdd is not None:
+        feed_rdd = with_validation(feed_rdd, validation_rdd, num_partitions)
+    elif num_partitions < feed_rdd.getNumPartitions():
+        feed_rdd = coalesced(feed_rdd, num_partitions)
+    return Arrangement(feed_rdd, num_partitions, max(1, min(num_partitions, slots)))
 
 
-def as_spark_context(spark: Any) -> SparkContext:
-    """The SparkContext of a SparkContext or pyspark SparkSession that runs; raises ConfigError for anything else."""
-    context = spark if isinstance(spark, SparkContext) else getattr(spark, "sparkContext", None)
-    if not isinstance(context, SparkContext):
-        raise ConfigError(f"spark_context must be a SparkContext or a pyspark SparkSession, got {type(spark).__name__}")
-    if context._jsc is None:
-        raise ConfigError("spark_context is stopped: pass one that runs")
-    return context
-
-
-def as_tensorflow_session(session: Any, graph: Any) -> Any:
-    """`session`, if it looks like a TensorFlow 1 session (TensorFlow is not imported here); else raises ConfigError."""
-    if not (callable(getattr(session, "run", None)) and hasattr(session, "graph")):
-        raise ConfigError(f"session must be a tf.compat.v1.Session, got {type(session).__name__}")
-    if graph is not None and graph is not session.graph:
-        raise ConfigError("graph must be the session's own: a session runs no other; make a session with that graph")
-    return session
-
-
-def _as_combiner(
+def as_combiner(
     combiner: WeightCombiner | None,
-    num_partitions: int,
-    num_workers: int,
+    arranged: Arrangement,
     staleness: int | None,
-    restored: RunCheckpoint | None,
+    restored: RunCheckpoint | None = None,
 ) -> WeightCombiner:
+    """The combiner of `SparkSession.run`; raises ConfigError for what is none."""
     if combiner is None and restored is not None and restored.combiner == MeanWeightCombiner.__name__:
         return MeanWeightCombiner(int(restored.combiner_settings["num"] or 1))  # of the partitions that there were
     if combiner is None and staleness == 0:
         return MeanDeltaCombiner()
     if combiner is None:
         # Not the slots: a cluster that has just started has fewer than it will have, and one makes pushes overwrite.
-        return MeanWeightCombiner(max(1, num_partitions))
+        return MeanWeightCombiner(max(1, arranged.num_partitions))
+    return checked_combiner(combiner, arranged.num_first)
+
+
+def checked_combiner(combiner: Any, num_workers: int) -> WeightCombiner:
+    """`combiner`, if it is one; else raises ConfigError."""
     if not isinstance(combiner, WeightCombiner):
         raise ConfigError(f"weight_combiner must be a WeightCombiner, such as DeltaWeightCombiner(), got {combiner!r}")
     if combiner.moving_rate * num_workers > 1:
@@ -122,6 +123,23 @@ def _as_combiner(
             num_workers,
         )
     return combiner
+
+
+def as_seed(seed: Any, restored: RunCheckpoint | None) -> int:
+    """`seed`, or the continued run's, or one drawn now; raises ConfigError for what is none."""
+    if seed is None and restored is None:
+        return secrets.randbits(32)
+    return checked_count("seed", restored.plan["seed"] if restored and seed is None else seed, minimum=0)
+
+
+def as_spark_context(spark: Any) -> SparkContext:
+    """The SparkContext of a SparkContext or pyspark SparkSession that runs; raises ConfigError for anything else."""
+    context = spark if isinstance(spark, SparkContext) else getattr(spark, "sparkContext", None)
+    if not isinstance(context, SparkContext):
+        raise ConfigError(f"spark_context must be a SparkContext or a pyspark SparkSession, got {type(spark).__name__}")
+    if context._jsc is None:
+        raise ConfigError("spark_context is stopped: pass one that runs")
+    return context
 
 
 def check_feed(feed_rdd: Any, feed_names: Any, params: Any, run_metadata: Any) -> None:
@@ -139,11 +157,8 @@ def check_feed(feed_rdd: Any, feed_names: Any, params: Any, run_metadata: Any) -
         raise ConfigError("run_metadata cannot be collected from workers: leave it out when feed_rdd is given")
 
 
-def _as_seed(seed: Any) -> int:
-    return secrets.randbits(32) if seed is None else _checked_count("seed", seed, minimum=0)
-
-
-def _checked_count(name: str, value: Any, minimum: int = 1) -> int:
+def checked_count(name: str, value: Any, minimum: int = 1) -> int:
+    """`value`, if it is an integer of at least `minimum`; else raises ConfigError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ConfigError(f"{name} must be an integer of at least {minimum}, got {value!r}")
     return value

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 def planned_values(plan: RunPlan, config: Config) -> dict[str, Plain]:
     """What a checkpoint says of its run: the first four must stay the same, as cursors count batches of them."""
     return {
-        "batch_size": config.batch_size,
+        "batch_size": plan.batch_size,
         "num_epochs": plan.num_epochs,
         "shuffle_within_partition": plan.shuffle,
         "seed": plan.seed,
@@ -68,7 +68,8 @@ def continued(checkpoint: RunCheckpoint, plan: RunPlan, config: Config, layout: 
         epoch,
     )
     begin = [PartitionProgress(0, Cursor(epoch), 0, None, WorkerReport(index)) for index in range(plan.num_partitions)]
-    return replace(checkpoint, partitions=tuple(begin))
+    epochs = checkpoint.epochs and replace(checkpoint.epochs, epoch=epoch)
+    return replace(checkpoint, partitions=tuple(begin), epochs=epochs)
 
 
 def _copied(state: CombinerState) -> CombinerState:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from tensorspark.config import Config
@@ -48,12 +48,12 @@ class Resources:
         return self.server
 
     def checkpoints(
-        self, server: ParameterServer, url: str | None, planned: Mapping[str, Plain]
+        self, server: ParameterServer, url: str | None, planned: Callable[[], Mapping[str, Plain]]
     ) -> contextlib.AbstractContextManager[Checkpointer | None]:
         """Writes checkpoints of the server's current run to `url` meanwhile, if it is to have any.
 
         Args:
-            planned: what they say of the run; see `driver.continuing`.
+            planned: says what each is to say of the run; see `driver.continuing`.
         """
         if url is None:
             return contextlib.nullcontext()
@@ -64,7 +64,7 @@ class Resources:
 
         def capture() -> RunCheckpoint | None:
             captured = server.capture(timeout_s)
-            return captured and replace(captured, plan=planned)
+            return captured and replace(captured, plan=planned())
 
         directory = CheckpointDirectory(url, user=self._user, keep=self._config.keep_checkpoints)
         logger.info("checkpoints go to %s", url)

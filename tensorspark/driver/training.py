@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from pyspark import RDD, TaskContext
@@ -14,6 +15,7 @@ from tensorspark.driver.jobs import SparkJob, summary
 from tensorspark.driver.progress import ProgressLine
 from tensorspark.errors import ConfigError, FeedError, SessionClosedError, WorkerFailedError
 from tensorspark.history import WorkerReport
+from tensorspark.ps.messages import EpochEnd
 from tensorspark.ps.server import ParameterServer
 from tensorspark.weights.combiners import WeightCombiner
 from tensorspark.worker import WorkerJob, run_partition
@@ -44,13 +46,27 @@ def exclusively(session: threading.Lock, combiner: WeightCombiner) -> Iterator[N
         yield
 
 
+@dataclass(frozen=True)
+class JobLabel:
+    """A Spark job's group and what its web page says of it."""
+
+    group: str
+    description: str
+
+
+OnEpoch = Callable[[EpochEnd], None]
+"""Called with each epoch that all workers have ended; lets them go on, with `ParameterServer.release_epoch`."""
+
+
 def run_job(
-    feed_rdd: RDD[Any], job: WorkerJob, server: ParameterServer, line: ProgressLine, *, group: str, description: str
+    feed_rdd: RDD[Any],
+    job: WorkerJob,
+    server: ParameterServer,
+    line: ProgressLine,
+    label: JobLabel,
+    on_epoch: OnEpoch | None = None,
 ) -> None:
     """Trains the feed's partitions in one Spark job, to its end or the first failure, showing progress.
-
-    Args:
-        group, description: of the job, for Spark's web page.
 
     Raises:
         WorkerFailedError, CombinerError: what a worker or the combiner reported, else what Spark says.
@@ -58,8 +74,8 @@ def run_job(
     tasks = feed_rdd.mapPartitionsWithIndex(_task(job))
     require_whole_partitions(tasks)
     try:
-        with SparkJob(tasks.context, tasks.count, group=group, description=description) as spark_job:
-            while not spark_job.wait(_POLL_S):
+        with SparkJob(tasks.context, tasks.count, group=label.group, description=label.description) as spark_job:
+            while not _has_ended(spark_job, server, on_epoch):
                 line.show(server.status())
                 if server.failure() is not None:
                     spark_job.cancel()
@@ -73,6 +89,16 @@ def run_job(
         line.abandon()
         raise
     line.show(server.status(), last=True)
+
+
+def _has_ended(spark_job: SparkJob, server: ParameterServer, on_epoch: OnEpoch | None) -> bool:
+    """Waits for a moment, and whether the job is over then."""
+    if on_epoch is None:
+        return spark_job.wait(_POLL_S)
+    end = server.wait_epoch(_POLL_S)
+    if end is not None:
+        on_epoch(end)
+    return spark_job.wait(0)
 
 
 def require_trained(workers: tuple[WorkerReport, ...], version: int) -> None:

@@ -9,6 +9,7 @@ A checkpoint is two or three files of one stem:
 | ``<stem>.msgpack`` | the *mark*: all the rest, and the others' lengths and SHA-256; without it, no checkpoint |
 
 The mark is two msgpack values: a map (`_Mark`, by field name), and as 32 bytes the SHA-256 of all that comes before.
+A field that came later has a default, so that older marks of the same format version can still be read.
 
 The safetensors files are ordinary ones. A dtype that the format lacks (complex128, float128, int4, ...) or that is not
 little-endian is stored as bytes: ``U8`` of the tensor's shape and one more dimension, the bytes of one number. The
@@ -36,7 +37,7 @@ import numpy as np
 
 from tensorspark.errors import CheckpointError
 from tensorspark.history import RecorderState
-from tensorspark.ps.messages import PartitionProgress
+from tensorspark.ps.messages import EpochProgress, PartitionProgress
 from tensorspark.ps.records import WrongValueError, as_plain, build
 from tensorspark.weights.combiners import CombinerState
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
@@ -77,6 +78,7 @@ class RunCheckpoint:
         plan: what must stay the same for the run to be continued (seed, batch size, ...), by name.
         combiner: class name of the combiner.
         is_complete: whether every partition was trained to its end.
+        epochs: where a run with an `EpochPlan` stood.
     """
 
     layout: WeightLayout
@@ -90,6 +92,7 @@ class RunCheckpoint:
     combiner_settings: Mapping[str, Plain]
     combiner_state: CombinerState
     is_complete: bool
+    epochs: EpochProgress | None = None
 
 
 @dataclass(frozen=True)
@@ -142,9 +145,13 @@ class _Mark:
     combiner_slots: tuple[str, ...]
     combiner_values: Mapping[str, int | float | str | bool]
     is_complete: bool
+    epochs: EpochProgress | None = None
 
 
-_RUN_FIELDS = ("version", "seconds", "partitions", "points", "plan", "combiner", "combiner_settings", "is_complete")
+_RUN_FIELDS = (
+    *("version", "seconds", "partitions", "points", "plan", "combiner", "combiner_settings", "is_complete"),
+    "epochs",
+)
 
 
 def encode(checkpoint: RunCheckpoint) -> dict[str, EncodedFile]:

@@ -6,14 +6,14 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tensorspark.errors import ConnectionLostError, ProtocolError, ServerUnreachableError, TransportError
 from tensorspark.ps import protocol
 from tensorspark.ps.link import Link, ServerAddress
-from tensorspark.ps.messages import Cursor, Push, Registration
+from tensorspark.ps.messages import MAX_TOTALS_BYTES, Cursor, Order, OrderKind, Push, Registration
 from tensorspark.ps.protocol import Kind
 from tensorspark.weights.layout import Buffer
 
@@ -22,6 +22,7 @@ __all__ = ["Granted", "ParameterClient", "ServerAddress"]
 _MAX_TRACEBACK_BYTES = 2**15
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
+_ORDERS = {kind.value: kind for kind in OrderKind}
 _T = TypeVar("_T")
 
 
@@ -82,16 +83,16 @@ class ParameterClient:
         self._is_granted = True
         return granted
 
-    def pull(self, out: Buffer) -> int:
-        """Receives the newest weights into `out` and returns their version; this worker's pushes are in them.
+    def pull(self, out: Buffer) -> Order:
+        """Receives the newest weights into `out`, and what is to be done next; this worker's pushes are in them.
 
-        Waits at the server's gate, as long as the server says that it lives.
+        Waits at the server's gate and at the end of an epoch, as long as the server says that it lives.
         """
 
-        def pull() -> int:
+        def pull() -> Order:
             self._link.send(Kind.PULL, {})
             self._read_acceptances()
-            return protocol.count(self._link.receive(Kind.SNAPSHOT, out), "version")
+            return _order(self._link.receive(Kind.SNAPSHOT, out))
 
         with self._turn:
             return self._persist(pull)
@@ -103,10 +104,11 @@ class ParameterClient:
             weights: must stay as they are until the next `pull`, `flush` or `finish` returns: they are sent again if
                 the connection breaks.
         """
+        _require_short(push.totals)
         with self._turn:
             self._unanswered.append((push, weights))
             try:
-                self._link.send(Kind.PUSH, _push_header(push), weights)
+                self._link.send(Kind.PUSH, _push_header(push), weights, push.totals)
             except ConnectionLostError as error:
                 self._resume(error, time.monotonic())
 
@@ -118,14 +120,21 @@ class ParameterClient:
     def finish(self, *, epoch_samples: list[int], epoch_seconds: list[float], step_s: float, sync_s: float) -> None:
         """Tells the server that the partition is trained to its end."""
         header = {"epoch_samples": epoch_samples, "epoch_seconds": epoch_seconds, "step_s": step_s, "sync_s": sync_s}
+        self._tell(Kind.FINISH, header)
 
-        def finish() -> None:
-            self._read_acceptances()
-            self._link.send(Kind.FINISH, header)
-            self._link.receive(Kind.ACCEPTED)
+    def skip_epoch(self, epoch: int) -> None:
+        """Tells the server that the partition has no rows to train in `epoch`, which it is at the beginning of."""
+        self._tell(Kind.SKIP, {"epoch": epoch})
 
-        with self._turn:
-            self._persist(finish)
+    def report_evaluation(self, epoch: int, totals: bytes, num_samples: int) -> None:
+        """Tells the server what came of the evaluation that it has ordered; counts once, however often it is told.
+
+        Args:
+            totals: as in `Push`, and never empty unless they always are.
+            num_samples: rows evaluated.
+        """
+        _require_short(totals)
+        self._tell(Kind.EVALUATION, {"epoch": epoch, "num_samples": num_samples}, totals)
 
     def report(self, message: str, traceback: str) -> None:
         """Tells the server that this worker has failed; best effort: a server that is gone is told nothing."""
@@ -134,6 +143,17 @@ class ParameterClient:
             # Answers to earlier pushes may lie before the one to FAIL; a refusal ends the conversation too.
             for _ in range(len(self._unanswered) + 1):
                 self._link.receive(Kind.ACCEPTED)
+
+    def _tell(self, kind: Kind, header: dict[str, object], totals: bytes = b"") -> None:
+        """Sends a frame that the server notes, again if the connection breaks before it says so."""
+
+        def tell() -> None:
+            self._read_acceptances()
+            self._link.send(kind, header, None, totals)
+            self._link.receive(Kind.ACCEPTED)
+
+        with self._turn:
+            self._persist(tell)
 
     def _register(self) -> Granted:
         assert self._registration is not None
@@ -192,7 +212,7 @@ class ParameterClient:
         """Sends the pushes again that the server does not have."""
         self._unanswered = [pair for pair in self._unanswered if pair[0].sequence > granted.sequence]
         for push, weights in self._unanswered:
-            self._link.send(Kind.PUSH, _push_header(push), weights)
+            self._link.send(Kind.PUSH, _push_header(push), weights, push.totals)
 
     def _beat(self) -> None:
         while not self._closing.wait(self._address.lease_timeout_s / 4):
@@ -203,6 +223,29 @@ class ParameterClient:
                         self._link.send(Kind.ALIVE, {})
                 finally:
                     self._turn.release()
+
+
+def _order(header: Mapping[str, Any]) -> Order:
+    kind = protocol.field(header, "order", str)
+    if kind not in _ORDERS:
+        raise ProtocolError(f"expected an order that is one of {', '.join(_ORDERS)}, got {kind!r}")
+    values = protocol.field(header, "values", dict)
+    return Order(
+        version=protocol.count(header, "version"),
+        kind=_ORDERS[kind],
+        epoch=protocol.count(header, "epoch"),
+        num_steps=protocol.count(header, "num_steps"),
+        num_workers=protocol.count(header, "num_workers"),
+        values={name: protocol.field(values, name, float) for name in values},
+    )
+
+
+def _require_short(totals: bytes) -> None:
+    if len(totals) > MAX_TOTALS_BYTES:
+        raise ProtocolError(
+            f"expected totals of at most {MAX_TOTALS_BYTES} bytes, got {len(totals)}: the model's metrics keep "
+            f"too many numbers; use fewer metrics, or fewer thresholds"
+        )
 
 
 def _push_header(push: Push) -> dict[str, object]:

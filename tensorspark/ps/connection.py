@@ -27,11 +27,12 @@ _PART_BYTES = 2**22
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame from a worker; `payload` is a pooled buffer that the receiver gives back."""
+    """A frame from a worker; `payload` is a pooled buffer that the receiver gives back, `totals` came behind it."""
 
     kind: Kind
     header: dict[str, Any]
     payload: Buffer | None
+    totals: bytes = b""
 
 
 class Connection:
@@ -41,6 +42,7 @@ class Connection:
         number: never used twice on one server.
         deadline_s: for the rest of a frame once it has begun, and for each write.
         may_take_last: whether a push of this worker may take the pool's last buffer, see `BufferPool`.
+        totals_bytes: of an evaluation, and behind the weights of a push that has any.
 
     Attributes:
         heard_at: when a frame of the worker's began or ended last, or a part of a push came, on the monotonic clock.
@@ -55,6 +57,7 @@ class Connection:
         pool: BufferPool,
         deadline_s: float,
         may_take_last: Callable[[], bool] = lambda: True,
+        totals_bytes: int = 0,
     ) -> None:
         self.number = number
         self.heard_at = time.monotonic()
@@ -64,6 +67,7 @@ class Connection:
         self._layout = layout
         self._pool = pool
         self._deadline_s = deadline_s
+        self._totals_bytes = totals_bytes
         self._unwritten: asyncio.Future[None] | None = None
 
     async def read(self) -> Frame:
@@ -81,17 +85,34 @@ class Connection:
         self._unwritten = None
         data = await self._stream.read_bytes(protocol.PREFIX_BYTES)
         self.heard_at = time.monotonic()
-        prefix = protocol.decode_prefix(data, protocol.FROM_WORKER, self._layout.num_bytes)
-        expected_bytes = self._layout.num_bytes if prefix.kind is Kind.PUSH else 0
-        if prefix.payload_bytes != expected_bytes:
-            raise ProtocolError(
-                f"expected {prefix.kind.name} to carry {expected_bytes} bytes, got {prefix.payload_bytes}"
-            )
+        prefix = protocol.decode_prefix(data, protocol.FROM_WORKER, self._layout.num_bytes + self._totals_bytes)
+        weights_bytes = self._layout.num_bytes if prefix.kind is Kind.PUSH else 0
+        totals_bytes = self._totals_bytes if prefix.kind in (Kind.PUSH, Kind.EVALUATION) else 0
+        expected = {weights_bytes + totals_bytes} | ({weights_bytes} if weights_bytes else set())
+        if prefix.payload_bytes not in expected:
+            sizes = " or ".join(map(str, sorted(expected)))
+            raise ProtocolError(f"expected {prefix.kind.name} to carry {sizes} bytes, got {prefix.payload_bytes}")
         async with asyncio.timeout(self._deadline_s):
             header = protocol.decode_header(await self._stream.read_bytes(prefix.header_bytes))
-        payload = await self._read_payload() if expected_bytes else None
+        payload = await self._read_payload() if weights_bytes else None
+        totals = await self._read_totals(prefix.payload_bytes - weights_bytes, payload)
         self.heard_at = time.monotonic()
-        return Frame(prefix.kind, header, payload)
+        return Frame(prefix.kind, header, payload, totals)
+
+    async def _read_totals(self, num_bytes: int, payload: Buffer | None) -> bytes:
+        """What is behind the weights; where it does not come, `payload` goes back to the pool."""
+        if not num_bytes:
+            return b""
+        totals = bytearray(num_bytes)
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                await self._stream.read_into(totals)
+        except BaseException:
+            self.close()
+            if payload is not None:
+                self._pool.put_back(payload)
+            raise
+        return bytes(totals)
 
     async def _read_payload(self) -> Buffer:
         self.is_held_up = True

@@ -71,10 +71,14 @@ class Link:
         self._is_broken = True
         self._socket.close()
 
-    def send(self, kind: Kind, header: Mapping[str, Any], payload: Buffer | None = None) -> None:
-        self._send_all(memoryview(protocol.encode(kind, header, 0 if payload is None else payload.nbytes)))
+    def send(self, kind: Kind, header: Mapping[str, Any], payload: Buffer | None = None, totals: bytes = b"") -> None:
+        """Sends a frame; `totals` are the payload's end, or all of it."""
+        num_bytes = len(totals) if payload is None else payload.nbytes + len(totals)
+        self._send_all(memoryview(protocol.encode(kind, header, num_bytes)))
         if payload is not None:
             self._send_all(payload.data)
+        if totals:
+            self._send_all(memoryview(totals))
 
     def receive(self, expected: Kind, payload: Buffer | None = None) -> dict[str, Any]:
         """The header of the next frame that says something, which must be `expected`; its payload fills `payload`."""

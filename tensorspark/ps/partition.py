@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field, replace
 
-from tensorspark.errors import LeaseLostError
+from tensorspark.errors import LeaseLostError, WorkerFailedError
 from tensorspark.history import WorkerReport
 from tensorspark.ps.messages import Cursor, PartitionProgress, Registration
 
@@ -58,6 +58,14 @@ class Partition:
         """Raises `LeaseLostError` where an attempt comes back to a lease that is another's by now."""
         if registration.is_resuming and self.attempt != registration.attempt:
             raise self.lease_lost()
+
+    def failed(self, message: str, worker_traceback: str) -> WorkerFailedError:
+        return WorkerFailedError(
+            f"the worker of partition {self.index} on {self.report.host} raised {message}\n\n{worker_traceback}",
+            partition=self.index,
+            host=self.report.host,
+            worker_traceback=worker_traceback,
+        )
 
     def lease_lost(self) -> LeaseLostError:
         return LeaseLostError(

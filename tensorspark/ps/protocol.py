@@ -1,4 +1,4 @@
-"""Frames: what a worker and the server say to each other after the HTTP upgrade to ``tensorspark/2``.
+"""Frames: what a worker and the server say to each other after the HTTP upgrade to ``tensorspark/3``.
 
 A frame is a fixed 16-byte prefix, a msgpack header (a map with string keys) and a raw payload::
 
@@ -8,9 +8,11 @@ A frame is a fixed 16-byte prefix, a msgpack header (a map with string keys) and
             6  header length   u16      little endian, as all numbers
             8  payload length  u64
 
-The payload is a flat weights buffer as `WeightLayout` lays it out, or empty. Lengths are checked against what the
-receiver expects before any memory is taken; nothing is ever unpickled. A change of the format raises `VERSION`, and
-the tests keep frozen frames of every version.
+The payload is a flat weights buffer as `WeightLayout` lays it out, or empty. In a run with epochs, a push's weights may
+have the *totals* of its rows behind them, and an evaluation has its totals for a payload: float64, little-endian, of a
+length that both sides know, at most 1 MiB (a header could not hold them). Lengths are checked against what the receiver
+expects before any memory is taken; nothing is ever unpickled. A change of the format raises `VERSION`, and the tests
+keep frozen frames of every version.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from tensorspark.errors import (
 )
 
 MAGIC = b"TSPK"
-VERSION = 2
+VERSION = 3
 PATH = "/workers"
 UPGRADE = f"tensorspark/{VERSION}"
 PREFIX_BYTES = 16
@@ -46,7 +48,7 @@ _T = TypeVar("_T")
 
 
 class Kind(enum.IntEnum):
-    """What a frame says. Workers send the first six, the server the others.
+    """What a frame says. Workers send the first eight, the server the others.
 
     ALIVE and WAIT say nothing but that their sender lives: the worker while it computes, the server while it has a
     worker wait.
@@ -58,6 +60,8 @@ class Kind(enum.IntEnum):
     FINISH = 4
     FAIL = 5
     ALIVE = 6
+    SKIP = 7
+    EVALUATION = 8
     GRANTED = 16
     SNAPSHOT = 17
     ACCEPTED = 18
@@ -65,7 +69,9 @@ class Kind(enum.IntEnum):
     WAIT = 20
 
 
-FROM_WORKER = frozenset({Kind.REGISTER, Kind.PULL, Kind.PUSH, Kind.FINISH, Kind.FAIL, Kind.ALIVE})
+FROM_WORKER = frozenset(
+    {Kind.REGISTER, Kind.PULL, Kind.PUSH, Kind.FINISH, Kind.FAIL, Kind.ALIVE, Kind.SKIP, Kind.EVALUATION}
+)
 FROM_SERVER = frozenset(Kind) - FROM_WORKER
 
 _REFUSALS: dict[str, type[RefusedError]] = {

@@ -35,8 +35,8 @@ def build(kind: Any, value: Any, where: str) -> Any:
     """The inverse of `as_plain`, where every value is checked.
 
     Args:
-        kind: a dataclass, or a field's annotation: a plain type, a union of plain types, ``tuple[X, ...]`` or
-            ``Mapping[str, X]``.
+        kind: a dataclass, or a field's annotation: a plain type, a union of plain types or of one dataclass and None,
+            ``tuple[X, ...]`` or ``Mapping[str, X]``.
         where: names `value` in the error.
 
     Raises:
@@ -52,6 +52,8 @@ def build(kind: Any, value: Any, where: str) -> Any:
     if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, dict):
         return {build(str, key, where): build(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
     kinds = arguments if origin in (Union, UnionType) else (kind,)
+    if isinstance(value, dict) and is_dataclass(kinds[0]):
+        return _build_dataclass(kinds[0], value, where)
     if type(value) in kinds:
         return value
     if float in kinds and type(value) is int and abs(value) <= _MAX_FLOAT:

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 
 from tornado.iostream import IOStream, StreamClosedError
@@ -22,9 +22,12 @@ from tensorspark.ps.messages import (
     Close,
     Cursor,
     Decision,
+    EpochEnd,
+    EpochPlan,
     Fold,
     Grant,
     Keep,
+    Order,
     Publish,
     Push,
     Refuse,
@@ -57,6 +60,7 @@ class Run:
         lease_timeout_s: a connection that says nothing for so long, while nobody has it wait, is closed.
         sync: how workers are kept in step.
         resume: where a restored run stood; `weights` are its weights.
+        epochs: what is done between epochs; None: nothing.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Run:
         lease_timeout_s: float = 60.0,
         sync: SyncPlan | None = None,
         resume: RunCheckpoint | None = None,
+        epochs: EpochPlan | None = None,
     ) -> None:
         version = resume.version if resume else 0
         self.layout = layout
@@ -86,13 +91,19 @@ class Run:
             partitions=resume.partitions if resume else (),
             version=version,
             recorder=Recorder(points=resume.points) if resume else None,
+            epochs=epochs,
+            epoch_progress=resume.epochs if resume else None,
         )
+        self._totals_bytes = epochs.totals_bytes if epochs else 0
         self._combiner = combiner
         self._rounds = Rounds(layout, combiner, self.pool, self.store, executor, self)
         self._io_timeout_s = io_timeout_s
         self._lease_timeout_s = lease_timeout_s
         self._connections: dict[int, Connection] = {}
         self._started_at = time.monotonic() - (resume.seconds if resume else 0.0)
+        self._epoch_released_at = time.monotonic()
+        self._epoch_end: EpochEnd | None = None
+        self._epoch_news = asyncio.Event()
         self._watching = asyncio.get_running_loop().create_task(self._watch())
 
     async def serve(self, number: int, stream: IOStream) -> None:
@@ -109,6 +120,7 @@ class Run:
             self.pool,
             self._io_timeout_s,
             may_take_last=lambda: self.state.may_take_last_buffer(number),
+            totals_bytes=self._totals_bytes,
         )
         self._connections[number] = connection
         try:
@@ -132,6 +144,7 @@ class Run:
         return self._rounds.between_rounds(self._cut)
 
     def _cut(self) -> RunCheckpoint:
+        partitions, epochs = self.state.export_with_epochs()
         state = self._combiner.state()
         slots = {name: slot.copy() for name, slot in state.slots.items()}
         return RunCheckpoint(
@@ -139,14 +152,35 @@ class Run:
             weights=self.store.current.buffer.copy(),
             version=self.store.current.version,
             seconds=time.monotonic() - self._started_at,
-            partitions=self.state.export(),
+            partitions=partitions,
             points=self.state.recorder.export(),
             plan={},
             combiner=type(self._combiner).__name__,
             combiner_settings=self._combiner.settings,
             combiner_state=CombinerState(slots, dict(state.values)),
             is_complete=self.state.is_complete,
+            epochs=epochs,
         )
+
+    async def epoch_ended(self) -> EpochEnd | None:
+        """The epoch that waits for the driver, when there is one; None where there will be none."""
+        while not self.state.stopped and not self.state.is_finishing:
+            if self._epoch_end is not None:
+                return self._epoch_end
+            self._epoch_news.clear()
+            await self._epoch_news.wait()
+        return None
+
+    def release_epoch(self, epoch: int, values: Mapping[str, float], *, finish: bool) -> None:
+        """Lets the epoch after `epoch` begin, or has the run end."""
+        decisions = self.state.release_epoch(epoch, values, finish=finish)
+        self._epoch_end = None
+        self._epoch_released_at = time.monotonic()
+        self._execute(decisions)
+
+    def request_stop(self) -> None:
+        """Has every worker finish at its next pull."""
+        self._execute(self.state.request_stop())
 
     def status(self) -> Status:
         return self.state.status()
@@ -184,6 +218,11 @@ class Run:
                 step_s=protocol.field(header, "step_s", float),
                 sync_s=protocol.field(header, "sync_s", float),
             )
+        elif frame.kind is Kind.SKIP:
+            decisions = self.state.skip(number, protocol.count(header, "epoch"))
+        elif frame.kind is Kind.EVALUATION:
+            epoch, num_samples = protocol.count(header, "epoch"), protocol.count(header, "num_samples")
+            decisions = self.state.evaluate(number, epoch, frame.totals, num_samples)
         elif frame.kind is Kind.ALIVE:
             return
         else:
@@ -195,7 +234,7 @@ class Run:
         assert frame.payload is not None
         is_kept = False
         try:
-            push = _push(frame.header)
+            push = _push(frame.header, frame.totals)
             decisions = self.state.push(number, push)
             is_kept = Keep() in decisions
         finally:
@@ -213,11 +252,19 @@ class Run:
                 self._answer(self._connections[decision.connection], decision)
         if self.state.stopped:
             self._rounds.abandon()
+        self._notice_epoch()
         self.pool.serve_waiters()  # whose turn it is may have changed, also where nothing was decided: by a tick, say
+
+    def _notice_epoch(self) -> None:
+        """Tells who waits for an epoch's end what has become of it."""
+        if self._epoch_end is None:
+            self._epoch_end = self.state.epoch_end(time.monotonic() - self._epoch_released_at)
+        if self._epoch_end is not None or self.state.stopped or self.state.is_finishing:
+            self._epoch_news.set()
 
     def _answer(self, connection: Connection, decision: Grant | Refuse | SendSnapshot | Accept | Close) -> None:
         if isinstance(decision, SendSnapshot):
-            self._send_snapshot(connection)
+            self._send_snapshot(connection, decision)
         elif isinstance(decision, Accept):
             connection.write(Kind.ACCEPTED, {"sequence": decision.sequence})
         elif isinstance(decision, Refuse):
@@ -228,9 +275,9 @@ class Run:
         else:
             connection.close()
 
-    def _send_snapshot(self, connection: Connection) -> None:
+    def _send_snapshot(self, connection: Connection, decision: SendSnapshot) -> None:
         snapshot = self.store.pin()
-        header = {"version": snapshot.version}
+        header = _order_header(self.state.order(decision, snapshot.version))
         connection.write(Kind.SNAPSHOT, header, snapshot.buffer, lambda: self.store.unpin(snapshot))
 
     # What came of folds and rounds
@@ -294,7 +341,7 @@ def _registration(header: dict[str, object]) -> Registration:
     )
 
 
-def _push(header: dict[str, object]) -> Push:
+def _push(header: dict[str, object], totals: bytes) -> Push:
     sums = protocol.field(header, "sums", dict)
     return Push(
         sequence=protocol.count(header, "sequence"),
@@ -304,7 +351,19 @@ def _push(header: dict[str, object]) -> Push:
         version=protocol.count(header, "version"),
         sums={str(name): protocol.field(sums, name, float) for name in sums},
         progress=None if header.get("progress") is None else protocol.field(header, "progress", float),
+        totals=totals,
     )
+
+
+def _order_header(order: Order) -> dict[str, object]:
+    return {
+        "version": order.version,
+        "order": order.kind.value,
+        "epoch": order.epoch,
+        "num_steps": order.num_steps,
+        "num_workers": order.num_workers,
+        "values": dict(order.values),
+    }
 
 
 def _granted_header(grant: Grant) -> dict[str, object]:

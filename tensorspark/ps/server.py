@@ -7,7 +7,7 @@ import concurrent.futures
 import secrets
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from tensorspark.errors import SessionClosedError, TensorsparkError
@@ -16,7 +16,7 @@ from tensorspark.ps import tls as certificates
 from tensorspark.ps.checkpoint import RunCheckpoint
 from tensorspark.ps.http import Door, LimitedServer
 from tensorspark.ps.listen import bind, connection_limit
-from tensorspark.ps.messages import Status
+from tensorspark.ps.messages import EpochEnd, EpochPlan, Status
 from tensorspark.ps.run import Run
 from tensorspark.ps.sync import SyncPlan
 from tensorspark.weights.combiners import WeightCombiner
@@ -118,6 +118,7 @@ class ParameterServer:
         *,
         sync: SyncPlan = _ASYNCHRONOUS,
         resume: RunCheckpoint | None = None,
+        epochs: EpochPlan | None = None,
     ) -> int:
         """Starts a run and returns its number; workers of earlier runs are refused from now.
 
@@ -125,6 +126,10 @@ class ParameterServer:
             weights: initial weights, copied.
             sync: how workers are kept in step.
             resume: what the run goes on from; None begins anew.
+            epochs: has workers stop at the end of every epoch, until `release_epoch`; None: they never do.
+
+        Raises:
+            CheckpointError: `resume` is of other metrics than `epochs`.
         """
 
         def begin() -> int:
@@ -144,6 +149,7 @@ class ParameterServer:
                 lease_timeout_s=self._lease_timeout_s,
                 sync=sync,
                 resume=resume,
+                epochs=epochs,
             )
             return self._num_runs
 
@@ -152,6 +158,47 @@ class ParameterServer:
     def stop_run(self, failure: TensorsparkError | None = None) -> None:
         """Ends the current run: from now on its workers are refused."""
         self._call(lambda: self._current().stop(failure))
+
+    def request_stop(self) -> None:
+        """Has the current run end soon and well: from now on every pull is answered that the worker is to finish."""
+        self._call(lambda: self._current().request_stop())
+
+    def wait_epoch(self, timeout_s: float) -> EpochEnd | None:
+        """Waits until an epoch has ended, evaluation included, and workers rest until `release_epoch`.
+
+        Returns:
+            What came of it, the same until it is released; None where none ended within the timeout, or none will: the
+            run has failed, was stopped or is finishing.
+        """
+        if self._closed:
+            raise _closed_error()
+        future = asyncio.run_coroutine_threadsafe(self._epoch_ended(timeout_s), self._loop)
+        try:
+            return future.result(timeout_s + _CALL_TIMEOUT_S)
+        except concurrent.futures.CancelledError:  # the server is being closed
+            return None
+        finally:
+            future.cancel()
+
+    async def _epoch_ended(self, timeout_s: float) -> EpochEnd | None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._current().epoch_ended()
+        except TimeoutError:
+            return None
+
+    def release_epoch(self, epoch: int, values: Mapping[str, float], *, finish: bool = False) -> None:
+        """Lets the epoch after `epoch` begin; after the last one, or to `finish` early, has workers finish.
+
+        Args:
+            epoch: that `wait_epoch` has returned. In a run that is stopped or finishing nothing is released.
+            values: sent with every pull from now on; small.
+
+        Raises:
+            ValueError: another epoch than that.
+            ConfigError: the values would not fit into a frame's header.
+        """
+        self._call(lambda: self._current().release_epoch(epoch, values, finish=finish))
 
     def status(self) -> Status:
         return self._call(lambda: self._current().status())
@@ -219,7 +266,7 @@ class ParameterServer:
     def _call(self, function: Callable[[], _T]) -> _T:
         """Runs `function` on the loop and returns its result."""
         if self._closed:
-            raise SessionClosedError("the parameter server is closed: stop_param_server() or close() ended it")
+            raise _closed_error()
         future: concurrent.futures.Future[_T] = concurrent.futures.Future()
 
         def call() -> None:
@@ -235,3 +282,7 @@ class ParameterServer:
         if self._run is None:
             raise RuntimeError("no run has begun on this server")
         return self._run
+
+
+def _closed_error() -> SessionClosedError:
+    return SessionClosedError("the parameter server is closed: stop_param_server() or close() ended it")

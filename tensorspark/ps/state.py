@@ -11,30 +11,33 @@ if nobody has taken its place. A push counts once: its sequence number says whic
 
 Pushes are folded in *rounds*: each is a round of its own, unless the run is bulk-synchronous. Then a round holds one
 push of every worker that counts (`ps.sync.Gate`), folded in the order of their partitions, so that the sum is the same
-bits whoever was faster. A pull waits for the gate, and until the partition's own pushes are published.
+bits whoever was faster. A pull waits for the gate, and until the partition's own pushes are published. In a run with
+epochs (`ps.epochs`) it also waits at the end of each, and is answered with what the worker is to do.
 """
 
 from __future__ import annotations
 
-import logging
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tensorspark.errors import (
     ProtocolError,
     RefusedError,
     RunStoppedError,
     TensorsparkError,
-    WorkerFailedError,
 )
 from tensorspark.history import Recorder, WorkerReport
+from tensorspark.ps.epochs import Epochs
+from tensorspark.ps.leases import Leases
 from tensorspark.ps.messages import (
     Accept,
-    Close,
     Decision,
+    EpochEnd,
+    EpochPlan,
+    EpochProgress,
     Fold,
-    Grant,
     Keep,
+    Order,
+    OrderKind,
     PartitionProgress,
     Publish,
     Push,
@@ -44,10 +47,9 @@ from tensorspark.ps.messages import (
     Status,
 )
 from tensorspark.ps.partition import Partition
+from tensorspark.ps.status import status_of
 from tensorspark.ps.sync import Gate, SyncPlan
 from tensorspark.weights.layout import WeightLayout
-
-logger = logging.getLogger(__name__)
 
 
 class RunState:
@@ -61,6 +63,8 @@ class RunState:
         partitions: where a restored run's partitions stood.
         version: of the weights that the run begins with.
         recorder: of a restored run.
+        epochs: what is done between epochs; None: nothing.
+        epoch_progress: where a restored run's epochs stood.
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class RunState:
         partitions: Sequence[PartitionProgress] = (),
         version: int = 0,
         recorder: Recorder | None = None,
+        epochs: EpochPlan | None = None,
+        epoch_progress: EpochProgress | None = None,
     ) -> None:
         self.run = run
         self.layout = layout
@@ -88,9 +94,12 @@ class RunState:
             [progress.round for progress in partitions] or [0] * num_partitions,
             frozenset(p.index for p in self._partitions if p.report.finished),
         )
+        self._epochs = Epochs(epochs, epoch_progress, partitions)
         self._version = version
-        self._partition_of: dict[int, Partition] = {}
-        self._pulls: dict[int, int] = {}  # connections whose pull waits, by partition
+        self._num_steps = self.recorder.num_steps  # in the published weights
+        self._num_in_round = 0  # workers that a bulk-synchronous round began with
+        self._leases = Leases(layout, self._partitions, self._gate)
+        self._pulls = self._leases.pulls
         self._held: dict[int, Fold] = {}  # this round's pushes that wait for their turn, by partition
         self._in_round: set[int] = set()  # partitions whose push is in this round, or waits to be
         self._is_closing = False  # the round's publication is decided
@@ -102,24 +111,10 @@ class RunState:
         """A task asks for its partition; the answer may come later, when the lease is free."""
         if self.stopped or registration.run != self.run:
             return [Refuse(connection, _stopped_error())]
-        if not 0 <= registration.partition < len(self._partitions):
-            raise ProtocolError(f"expected a partition from 0 to {len(self._partitions) - 1}, got {registration}")
-        if connection in self._partition_of:
-            raise ProtocolError("this connection has registered already")
-        partition = self._partitions[registration.partition]
         try:
-            self.layout.require_same(registration.fingerprint)
-            partition.require_own_lease(registration)
+            partition, replaced = self._leases.ask(connection, registration, now)
         except RefusedError as error:
             return [Refuse(connection, error)]
-        replaced = self._replace(partition, registration.attempt, now)
-        if registration.is_resuming:
-            partition.count("num_reconnects")
-        self._partition_of[connection] = partition
-        if registration.is_resuming:
-            partition.standbys.appendleft((connection, registration))  # the lease is still its own
-        else:
-            partition.standbys.append((connection, registration))
         return [*replaced, *self._grant_next(partition, now)]
 
     def pull(self, connection: int) -> list[Decision]:
@@ -127,16 +122,17 @@ class RunState:
         held = self._held_by(connection)
         if isinstance(held, RefusedError):
             return [Refuse(connection, held)]
-        if not self._may_pull(held):
+        order = self._order_for(held)
+        if order is None:
             self._pulls[held.index] = connection
             return []
-        return [SendSnapshot(connection)]
+        return [SendSnapshot(connection, order, self._epochs.epoch_of(held))]
 
     def push(self, connection: int, push: Push) -> list[Decision]:
         """A worker's weights or delta have arrived; `Keep` comes first where the payload is of use."""
         held = self._held_by(connection)
         if isinstance(held, RefusedError):
-            self._count_refusal(connection)
+            self._leases.count_refusal(connection)
             return [Refuse(connection, held)]
         held.count("num_pushed")
         if push.sequence <= held.folded:
@@ -147,6 +143,7 @@ class RunState:
                 f"expected push {held.received + 1} from {held.cursor} on, of version {self._version} or before, "
                 f"got {push}"
             )
+        self._epochs.require_due(held, push)
         if self._sync.is_bulk and held.index in self._in_round:
             raise ProtocolError("expected a pull between two pushes: the run is bulk-synchronous")
         held.received = push.sequence
@@ -180,33 +177,41 @@ class RunState:
         self._gate.end(held.index)
         return [Accept(connection, held.folded), *self._go_on()]
 
+    def skip(self, connection: int, epoch: int) -> list[Decision]:
+        """A worker has no rows to train in the epoch."""
+        held = self._held_by(connection)
+        if isinstance(held, RefusedError):
+            return [Refuse(connection, held)]
+        self._epochs.skip(held, epoch)
+        self._rest_at_end(held)
+        return [Accept(connection, held.folded), *self._go_on()]
+
+    def evaluate(self, connection: int, epoch: int, totals: bytes, num_samples: int) -> list[Decision]:
+        """A worker has evaluated its held-out rows; `totals` as in `Push`."""
+        held = self._held_by(connection)
+        if isinstance(held, RefusedError):
+            return [Refuse(connection, held)]
+        self._epochs.evaluate(held.index, epoch, totals, num_samples)
+        return [Accept(connection, held.folded), *self._go_on()]
+
     def fail(self, connection: int, message: str, worker_traceback: str) -> list[Decision]:
         """A worker raised: the run fails. A standby's or a former holder's failure says nothing about the run."""
         held = self._held_by(connection)
         if isinstance(held, RefusedError):
             return [Refuse(connection, held)]
-        report = held.report
-        error = WorkerFailedError(
-            f"the worker of partition {report.partition} on {report.host} raised {message}\n\n{worker_traceback}",
-            partition=report.partition,
-            host=report.host,
-            worker_traceback=worker_traceback,
-        )
-        return [Accept(connection, held.folded), *self.stop(error)]
+        return [Accept(connection, held.folded), *self.stop(held.failed(message, worker_traceback))]
 
     def disconnect(self, connection: int, now: float) -> list[Decision]:
         """A connection has closed, for whatever reason."""
-        partition = self._partition_of.get(connection)
-        if partition is None:
-            return []
-        self._release(partition, connection, now)
-        return self._grant_next(partition, now)
+        partition = self._leases.release(connection, now)
+        return self._grant_next(partition, now) if partition else []
 
     # Events from the shell and the driver
 
     def folded(self, fold: Fold, seconds: float) -> None:
         """A decided fold is in its round; `seconds` since the run began."""
         partition, push = self._partitions[fold.partition], fold.push
+        self._epochs.fold(fold.partition, push)
         partition.folded = push.sequence
         partition.cursor = push.cursor
         partition.progress = push.progress
@@ -231,7 +236,8 @@ class RunState:
         partition.num_unpublished -= 1
         partition.received -= 1
         self._in_round.discard(partition.index)
-        return [Refuse(fold.connection, error), *self._go_on(), *self._grant_next(partition, now)]
+        granted = self._grant_next(partition, now)
+        return [Refuse(fold.connection, error), *self._go_on(), *granted]
 
     def published(self, folds: Sequence[Fold], now: float) -> list[Decision]:
         """A round is published; `folds` are those in it: none, where all were refused."""
@@ -240,6 +246,7 @@ class RunState:
         self._version += bool(folds)
         accepted: list[Decision] = []
         for fold in folds:
+            self._num_steps += fold.push.num_steps
             self._partitions[fold.partition].num_unpublished -= 1
             accepted.append(Accept(fold.connection, fold.push.sequence))
         if self._sync.is_bulk:
@@ -248,15 +255,40 @@ class RunState:
             self._gate.advance(self._gate.counted)
         else:
             self._gate.advance({fold.partition for fold in folds})
+        for fold in folds:
+            self._rest_at_end(self._partitions[fold.partition])
+        self._num_in_round = self._gate.num_counted
         granted = [self._grant_next(self._partitions[fold.partition], now) for fold in folds]
         return [*accepted, *self._go_on(), *(decision for decisions in granted for decision in decisions)]
 
     def tick(self, now: float) -> list[Decision]:
         """Lets deadlines pass. To be called every fraction of a second."""
-        coming = (
-            {p.index for p in self._partitions if p.holder is None and p.standbys} if self._gate.num_lost else set()
-        )
-        return self._go_on() if self._gate.tick(now, coming) else []
+        if not self._gate.tick(now, self._leases.coming() if self._gate.num_lost else frozenset()):
+            return []
+        self._num_in_round = self._gate.num_counted
+        return self._go_on()
+
+    def release_epoch(self, epoch: int, values: Mapping[str, float], *, finish: bool = False) -> list[Decision]:
+        """The driver has done what it does after `epoch`: the next may begin, or all are to finish."""
+        if self.stopped:
+            return []
+        self._epochs.release(epoch, values, finish=finish)
+        if self._epochs.is_finishing:
+            self._gate.hurry()
+        for partition in self._partitions:
+            if not self._epochs.is_at_end(partition):
+                self._gate.wake(partition.index)
+        self._num_in_round = self._gate.num_counted
+        return self._go_on()
+
+    def request_stop(self) -> list[Decision]:
+        """The driver wants the run to end: every pull is answered so. What is on its way is still taken.
+
+        An open bulk-synchronous round closes: who counts still pushes, or finishes instead.
+        """
+        self._epochs.is_stopping = True
+        self._gate.hurry()
+        return self._go_on()
 
     def stop(self, failure: TensorsparkError | None = None) -> list[Decision]:
         """Ends the run: who waits is refused now, who comes later is refused then. The first failure is kept."""
@@ -275,47 +307,43 @@ class RunState:
 
     def is_waiting(self, connection: int) -> bool:
         """Whether the server owes the connection an answer, so that it cannot be expected to say anything."""
-        partition = self._partition_of.get(connection)
-        if partition is None:
-            return False
-        is_holder = partition.holder == connection
-        return not is_holder or partition.num_unpublished > 0 or self._pulls.get(partition.index) == connection
+        return self._leases.is_waiting(connection)
 
     def may_take_last_buffer(self, connection: int) -> bool:
         """Whether a push of this connection can be folded at once, so that its buffer is soon free again."""
-        partition = self._partition_of.get(connection)
+        partition = self._leases.of(connection)
         if partition is None or not self._sync.is_bulk:
             return True
         return partition.index <= self._first_missing
 
     def export(self) -> tuple[PartitionProgress, ...]:
         """Where the partitions stand. Between rounds, this is exactly what is in the weights."""
-        return tuple(
-            PartitionProgress(p.folded, p.cursor, self._gate.round_of(p.index), p.progress, p.report)
-            for p in self._partitions
-        )
+        return self.export_with_epochs()[0]
+
+    def export_with_epochs(self) -> tuple[tuple[PartitionProgress, ...], EpochProgress | None]:
+        """`export`, and where the epochs stand, of one moment."""
+        return self._epochs.export(self._partitions, self._gate)
 
     @property
     def is_complete(self) -> bool:
         return all(partition.report.finished for partition in self._partitions)
 
+    def order(self, decision: SendSnapshot, version: int) -> Order:
+        """What goes with the snapshot; to be asked when it is sent, as it is the current one then."""
+        num_workers = self._num_in_round if self._sync.is_bulk else self._gate.num_counted
+        return Order(version, decision.order, decision.epoch, self._num_steps, num_workers, self._epochs.values)
+
+    def epoch_end(self, seconds: float) -> EpochEnd | None:
+        """What came of the epoch that waits for the driver, if one does."""
+        return None if self.stopped else self._epochs.end(seconds)
+
+    @property
+    def is_finishing(self) -> bool:
+        """Whether every worker is to finish, and no more epoch will be for the driver."""
+        return self._epochs.is_finishing
+
     def status(self) -> Status:
-        last = self.recorder.last()
-        shares = [1.0 if partition.report.finished else partition.progress for partition in self._partitions]
-        begun = [share for share in shares if share is not None]
-        return Status(
-            run=self.run,
-            num_steps=self.recorder.num_steps,
-            num_samples=self.recorder.num_samples,
-            num_partitions=len(self._partitions),
-            num_live=sum(partition.holder is not None for partition in self._partitions),
-            num_lost=self._gate.num_lost,
-            num_standby=sum(len(partition.standbys) for partition in self._partitions),
-            num_waiting=len(self._pulls),
-            num_finished=sum(partition.report.finished for partition in self._partitions),
-            progress=sum(begun) / len(shares) if begun else None,
-            scalars=dict(last.scalars) if last else {},
-        )
+        return status_of(self.run, self._partitions, self._gate, self._epochs, self.recorder, self._pulls)
 
     def reports(self) -> tuple[WorkerReport, ...]:
         return tuple(partition.report for partition in self._partitions)
@@ -323,30 +351,28 @@ class RunState:
     # Helpers
 
     def _held_by(self, connection: int) -> Partition | RefusedError:
-        if self.stopped:
-            return _stopped_error()
-        partition = self._partition_of.get(connection)
-        if partition is None:
-            raise ProtocolError("expected REGISTER as the first frame of a connection")
-        if partition.holder != connection:
-            return partition.lease_lost()
-        return partition
+        return _stopped_error() if self.stopped else self._leases.held_by(connection)
 
-    def _count_refusal(self, connection: int) -> None:
-        partition = self._partition_of.get(connection)
-        if partition is not None:
-            partition.count("num_refused")
-
-    def _may_pull(self, partition: Partition) -> bool:
+    def _order_for(self, partition: Partition) -> OrderKind | None:
+        """What the partition's pull is answered now; None: it waits."""
         if self._is_closing or partition.num_unpublished:
-            return False
-        return self._gate.may_begin(partition.index)
+            return None
+        order = self._epochs.order_for(partition)
+        return None if order is OrderKind.TRAIN and not self._gate.may_begin(partition.index) else order
 
     def _go_on(self) -> list[Decision]:
         """What somebody's progress, end or death allows the others."""
         decisions = self._advance_round()
-        ready = [index for index in self._pulls if self._may_pull(self._partitions[index])]
-        return [*decisions, *(SendSnapshot(self._pulls.pop(index)) for index in ready)]
+        self._epochs.advance(self._partitions, self._gate)
+        for index in list(self._pulls):
+            partition = self._partitions[index]
+            if order := self._order_for(partition):
+                decisions.append(SendSnapshot(self._pulls.pop(index), order, self._epochs.epoch_of(partition)))
+        return decisions
+
+    def _rest_at_end(self, partition: Partition) -> None:
+        if self._epochs.is_at_end(partition):
+            self._gate.rest(partition.index)
 
     def _advance_round(self) -> list[Decision]:
         """Folds the bulk-synchronous round's pushes as far as none before them is missing, and closes it if none is."""
@@ -361,37 +387,13 @@ class RunState:
             decisions.append(Publish(None))
         return decisions
 
-    def _release(self, partition: Partition, connection: int, now: float) -> None:
-        """Forgets a connection and what it held."""
-        del self._partition_of[connection]
-        partition.standbys = deque(standby for standby in partition.standbys if standby[0] != connection)
-        if partition.holder == connection:
-            partition.holder = None
-            self._pulls.pop(partition.index, None)
-            self._gate.lose(partition.index, now)
-
-    def _replace(self, partition: Partition, attempt: int, now: float) -> list[Decision]:
-        """Closes an older connection of the attempt, which the server has not seen break yet."""
-        old = [connection for connection, standby in partition.standbys if standby.attempt == attempt]
-        if partition.holder is not None and partition.attempt == attempt:
-            old.append(partition.holder)
-        for connection in old:
-            self._release(partition, connection, now)
-        return [Close(connection) for connection in old]
-
     def _grant_next(self, partition: Partition, now: float) -> list[Decision]:
-        if partition.holder is not None or partition.num_unpublished or not partition.standbys:
+        grant = self._leases.grant_next(partition, now)
+        if grant is None:
             return []
-        connection, registration = partition.standbys.popleft()
-        partition.holder = connection
-        if partition.attempt != registration.attempt:
-            partition.count("num_attempts")
-        partition.attempt = registration.attempt
-        partition.update(host=registration.host)
-        logger.info("partition %d: attempt %d on %s", registration.partition, registration.attempt, registration.host)
-        finished = partition.report.finished
-        self._gate.join(partition.index, now, is_finished=finished)
-        return [Grant(connection, partition.folded, partition.cursor, finished), *self._go_on()]
+        self._rest_at_end(partition)
+        self._num_in_round = max(self._num_in_round, self._gate.num_counted)
+        return [grant, *self._go_on()]
 
 
 def _stopped_error() -> RunStoppedError:

@@ -3,7 +3,8 @@
 A *round* of a worker is a pull, its local steps and a push. With staleness k, a worker may begin a round only while it
 is at most k rounds ahead of the slowest worker that counts (the *floor*). These count: workers that hold a partition,
 and partitions whose worker died unfinished, until `recovery_timeout_s` after the death. A partition that ended, or that
-waits for a slot, holds nobody up; one that comes late joins at the floor.
+waits for a slot, or *rests* at the end of an epoch, holds nobody up; one that comes late, or back from its rest, joins
+at the floor.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class SyncPlan:
     Attributes:
         staleness: rounds that the fastest worker may lead the slowest that runs: 0 is bulk-synchronous, more is
             stale-synchronous (SSP, Ho et al. 2013), None asynchronous (Downpour, Dean et al. 2012).
-        num_first: workers that the first round waits for, unless it is asynchronous.
+        num_first: workers that the first round waits for, unless it is asynchronous, and that an epoch's end waits for.
         start_timeout_s: how long it waits for them, from the first one on.
         recovery_timeout_s: how long a partition whose worker died holds up the others.
     """
@@ -54,23 +55,39 @@ class Gate:
         self._running: set[int] = set()
         self._lost_at: dict[int, float] = {}
         self._given_up: set[int] = set()
+        self._resting: set[int] = set()  # at the end of their epoch, whether somebody holds them or not
         self._came: set[int] = set()
         self._first_came_at: float | None = None
+        self._recovery_timeout_s = plan.recovery_timeout_s
         self._floor = min((count for index, count in enumerate(self._rounds) if index not in ended), default=0)
-        self.has_begun = plan.staleness is None
+        self.has_assembled = False  # whoever the first round and the first epoch's end wait for
+
+    @property
+    def has_begun(self) -> bool:
+        return self.has_assembled or self._plan.staleness is None
+
+    @property
+    def awaited(self) -> set[int]:
+        """Partitions that an epoch's end waits for: those that count, and those that rest."""
+        return self._running | self._lost_at.keys()
 
     @property
     def counted(self) -> set[int]:
         """Partitions that count."""
-        return self._running | self._lost_at.keys()
+        return self.awaited - self._resting
 
     @property
     def num_counted(self) -> int:
-        return len(self._running) + len(self._lost_at)
+        return len(self.counted) if self._resting else len(self._running) + len(self._lost_at)
 
     @property
     def num_lost(self) -> int:
         return len(self._lost_at) + len(self._given_up)
+
+    @property
+    def num_resting(self) -> int:
+        """Workers that rest."""
+        return len(self._running & self._resting)
 
     def round_of(self, partition: int) -> int:
         return self._rounds[partition]
@@ -86,8 +103,8 @@ class Gate:
         self._came.add(partition)
         if self._first_came_at is None:
             self._first_came_at = now
-        if not self.has_begun and len(self._came) >= self._plan.num_first:
-            self.has_begun = True
+        if len(self._came) >= self._plan.num_first:
+            self.has_assembled = True
         if is_finished:
             if self.has_begun:  # by this one, maybe
                 self._raise_floor()
@@ -113,6 +130,23 @@ class Gate:
         self._running.discard(partition)
         self._raise_floor()
 
+    def rest(self, partition: int) -> None:
+        """The partition is at the end of its epoch, and does not count until it is woken."""
+        self._resting.add(partition)
+        if self.has_begun:
+            self._raise_floor()
+
+    def wake(self, partition: int) -> None:
+        """The next epoch begins: the partition counts again, from the floor on."""
+        if partition in self._resting:
+            self._resting.remove(partition)
+            self._rounds[partition] = max(self._rounds[partition], self._floor)
+
+    def hurry(self) -> None:
+        """The run is about to end: from now on nobody waits for workers that have not come, or whose worker died."""
+        self.has_assembled = True
+        self._recovery_timeout_s = 0.0
+
     def advance(self, partitions: set[int]) -> None:
         """Pushes of these partitions were published: their next round is due."""
         for partition in partitions:
@@ -131,27 +165,28 @@ class Gate:
         return has_passed
 
     def _begin_without_absent(self, now: float) -> bool:
-        if self.has_begun or self._first_came_at is None:
+        if self.has_assembled or self._first_came_at is None:
             return False
         if now - self._first_came_at < self._plan.start_timeout_s:
             return False
-        self.has_begun = True
-        logger.warning(
-            "the first round begins with %d of %d workers: the others did not come within %g s of the first "
-            "(spark.tensorspark.start.timeout) and will join later",
-            len(self._came),
-            self._plan.num_first,
-            self._plan.start_timeout_s,
-        )
+        self.has_assembled = True
+        if self._plan.staleness is not None:
+            logger.warning(
+                "the first round begins with %d of %d workers: the others did not come within %g s of the first "
+                "(spark.tensorspark.start.timeout) and will join later",
+                len(self._came),
+                self._plan.num_first,
+                self._plan.start_timeout_s,
+            )
         return True
 
     def _give_up_lost(self, now: float, coming: Set[int]) -> bool:
-        deadline = now - self._plan.recovery_timeout_s
+        deadline = now - self._recovery_timeout_s
         overdue = [partition for partition, at in self._lost_at.items() if at <= deadline and partition not in coming]
         for partition in overdue:
             del self._lost_at[partition]
             self._given_up.add(partition)
-            if self._plan.staleness is not None:
+            if self._recovery_timeout_s and (self._plan.staleness is not None or self._resting):
                 logger.warning(
                     "no successor came for the lost worker of partition %d within %g s "
                     "(spark.tensorspark.recovery.timeout): the others go on without it until one comes",
@@ -162,6 +197,6 @@ class Gate:
 
     def _raise_floor(self) -> None:
         if self._plan.staleness is not None and self.num_counted:
-            rounds = [self._rounds[partition] for partition in self._running]
-            rounds += [self._rounds[partition] for partition in self._lost_at]
+            rounds = [self._rounds[partition] for partition in self._running if partition not in self._resting]
+            rounds += [self._rounds[partition] for partition in self._lost_at if partition not in self._resting]
             self._floor = max(self._floor, min(rounds))

@@ -146,6 +146,18 @@ class WeightLayout:
             return f"expected the order {', '.join(mine)}, got {', '.join(theirs)}"
         return "; ".join(f"expected {mine.get(name, 'none')}, got {theirs.get(name, 'none')}" for name in names)
 
+    def split(self, num_first: int) -> tuple[WeightLayout, WeightLayout]:
+        """Layouts of the first tensors and of the others: a buffer of this one is theirs, one after the other.
+
+        Raises:
+            ValueError: the tensors are of several dtypes, by which they lie together, in both parts.
+        """
+        first, others = WeightLayout(self.specs[:num_first]), WeightLayout(self.specs[num_first:])
+        moved = [s.name for s in others.specs if self.offsets[s.name] != first.num_bytes + others.offsets[s.name]]
+        if moved:
+            raise ValueError(f"expected tensors of one dtype in either part, but {', '.join(moved)} lie elsewhere")
+        return first, others
+
     def require_same(self, fingerprint: str) -> None:
         """Raises `LayoutMismatchError` where another side's fingerprint differs."""
         if fingerprint != self.fingerprint:

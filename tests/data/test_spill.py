@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
+import tracemalloc
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -210,3 +211,104 @@ def test_a_full_disk_is_named_with_the_setting_also_when_the_cache_is_closed(
 
     with pytest.raises(StagingError, match=r"spark\.tmp\.dir"):
         keep()
+
+
+# Rows in any order
+
+
+WORDS = np.array([["a", ""], ["é\ud800", "b" * 300], [b"\x00\xff", "c"], ["", b""], ["line\nend", "z"]], object)
+
+
+@pytest.mark.parametrize("memory_bytes", [0, 10**6], ids=["from files", "from memory"])
+@pytest.mark.parametrize("column", [np.arange(10.0).reshape(5, 2), WORDS, WORDS[:, 0]], ids=["numbers", "2", "strings"])
+@pytest.mark.parametrize(
+    "selection",
+    [slice(1, 4), slice(None), slice(3, 99), slice(2, 2), np.array([4, 0, 0, 2]), np.array([], np.int64)],
+    ids=["slice", "all", "past the end", "none", "indices", "no indices"],
+)
+def test_selected_rows_come_back_as_from_an_array(
+    tmp_path: Path, memory_bytes: int, column: NDArray[Any], selection: Any
+) -> None:
+    with EpochCache(memory_bytes, str(tmp_path)) as cache:
+        for start in (0, 2, 4):
+            cache.append((column[start : start + 2],))
+        assert cache.num_rows == 5
+        (got,) = cache.rows(selection)
+        expected = column[selection]
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+        assert got.tolist() == expected.tolist()
+        assert [type(value) for value in got.flat] == [type(value) for value in expected.flat]
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (3, 0, 2)], ids=str)
+def test_strings_without_width_survive_the_file(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    with EpochCache(0, str(tmp_path)) as cache:
+        cache.append((np.empty(shape, object), np.arange(3)))
+        assert cache.is_spilled
+        assert cache.rows(slice(1, 3))[0].shape == (2, *shape[1:])
+        assert cache.rows(np.array([2]))[0].shape == (1, *shape[1:])
+
+
+@given(
+    blocks=st.lists(st.lists(st.text() | st.binary(), min_size=1, max_size=5), min_size=1, max_size=6), data=st.data()
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_strings_survive_the_file(tmp_path: Path, blocks: list[list[str | bytes]], data: Any) -> None:
+    values = [value for block in blocks for value in block]
+    order = np.array(data.draw(st.permutations(range(len(values)))))
+    with EpochCache(0, str(tmp_path)) as cache:
+        for block in blocks:
+            column = np.empty(len(block), object)
+            column[:] = block
+            cache.append((column, np.arange(len(block))))
+        assert cache.rows(slice(None))[0].tolist() == values
+        assert cache.rows(order)[0].tolist() == [values[index] for index in order]
+
+
+def test_long_strings_count_towards_the_limit(tmp_path: Path) -> None:
+    with EpochCache(100_000, str(tmp_path)) as cache:
+        cache.append((np.array(["x" * 40_000], object),))
+        assert not cache.is_spilled
+        cache.append((np.array(["x" * 80_000], object),))
+        assert cache.is_spilled
+        assert cache.row_bytes == pytest.approx(60_000, rel=0.01)
+
+
+def test_strings_do_not_pile_up_in_memory(tmp_path: Path) -> None:
+    with EpochCache(0, str(tmp_path)) as cache:
+        tracemalloc.start()
+        for index in range(50):
+            cache.append((np.array([f"{index} {row}" * 20 for row in range(1000)], object),))
+        cache.rows(slice(5000, 5010))
+        num_bytes, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert cache.rows(np.array([7003]))[0].tolist() == ["7 3" * 20]
+    assert num_bytes < 100_000  # of more than 5 MB
+
+
+def test_blocks_without_rows_are_left_out(tmp_path: Path) -> None:
+    with EpochCache(0, str(tmp_path)) as cache:
+        cache.append((np.empty((0, 3)),))
+        assert (cache.num_rows, cache.row_bytes, cache.is_spilled) == (0, 0.0, False)
+        cache.append((np.ones((1, 2)),))
+        cache.append((np.empty((0, 3)),))
+        assert cache.columns()[0].tolist() == [[1.0, 1.0]]
+
+
+def test_a_column_that_changes_its_dtype_is_refused(tmp_path: Path) -> None:
+    with EpochCache(0, str(tmp_path)) as cache:
+        cache.append((np.ones(3, np.float32),))
+        with pytest.raises(ValueError, match=r"from row 3 on, rows are float64, expected float32"):
+            cache.append((np.ones(3),))
+
+
+def test_blocks_in_memory_are_let_go_of_when_they_are_joined() -> None:
+    with EpochCache(10**9, "/nonexistent") as cache:
+        tracemalloc.start()
+        for index in range(50):
+            cache.append((np.full((100, 50), float(index)),))
+        (column,) = cache.columns()
+        num_bytes, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert column[:, 3].tolist() == [float(row // 100) for row in range(5000)]
+    assert num_bytes < 1.1 * column.nbytes

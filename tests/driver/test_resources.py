@@ -33,7 +33,7 @@ def test_a_checkpoint_waits_for_a_rounds_end_until_the_next_one_is_due(
     config = resolve({"checkpoint_interval_s": interval_s, "hdfs_dir": str(tmp_path)}, {})
     publisher = Publisher(None, "run", str(tmp_path), str(tmp_path), "")
     resources = Resources(publisher, config, "127.0.0.1", "")
-    with _Noting(LAYOUT, "127.0.0.1") as server, resources.checkpoints(server, str(tmp_path), {}) as checkpointer:
+    with _Noting(LAYOUT, "127.0.0.1") as server, resources.checkpoints(server, str(tmp_path), dict) as checkpointer:
         assert checkpointer is not None
         checkpointer.write_last()
     assert server.asked_s == expected_s

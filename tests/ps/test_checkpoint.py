@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from tensorspark.errors import CheckpointError
 from tensorspark.history import PointSums, RecorderState, WorkerReport
 from tensorspark.ps.checkpoint import MARK, SLOTS, WEIGHTS, RunCheckpoint, decode, encode
-from tensorspark.ps.messages import Cursor, PartitionProgress
+from tensorspark.ps.messages import Cursor, EpochProgress, PartitionProgress
 from tensorspark.weights.combiners import CombinerState
 from tensorspark.weights.layout import TensorSpec, WeightLayout
 
@@ -49,6 +49,7 @@ CHECKPOINT = RunCheckpoint(
             7, Cursor(1, 3), 7, 0.25, WorkerReport(0, "h1", 2, 70, 700, epoch_samples=(5, 6), epoch_seconds=(0.5, 0.25))
         ),
         PartitionProgress(9, Cursor(2, 0), 9, None, WorkerReport(1, finished=True)),
+        PartitionProgress(4, Cursor(2, 0), 9, 0.5, WorkerReport(2), bytes(range(16)), 40, 1, b"\xff" * 16, 7),
     ),
     points=RecorderState(2, 1, (PointSums(0.1, 2, 20, 20, {"loss": 0.1 * 3}), PointSums(0.2, 3, 30, 10, {}))),
     plan={"seed": 2**40, "shuffle": True, "rate": 0.5, "name": "mnist", "limit": None},
@@ -56,6 +57,7 @@ CHECKPOINT = RunCheckpoint(
     combiner_settings={"rate": 0.5, "nesterov": True},
     combiner_state=CombinerState({"momentum": MOMENTUM}, {"count": 3, "was_first": False}),
     is_complete=False,
+    epochs=EpochProgress(1, {"learning_rate": 0.1, "momentum": -math.inf}, is_over=True),
 )
 PLAIN = replace(CHECKPOINT, combiner_state=CombinerState())
 
@@ -77,8 +79,20 @@ def assert_same(left: RunCheckpoint, right: RunCheckpoint) -> None:
     assert left.layout.specs == right.layout.specs
     assert left.layout.fingerprint == right.layout.fingerprint
     assert left.weights.tobytes() == right.weights.tobytes()
-    for name in ("version", "partitions", "points", "plan", "combiner", "combiner_settings", "is_complete", "seconds"):
+    for name in (
+        "version",
+        "partitions",
+        "points",
+        "plan",
+        "combiner",
+        "combiner_settings",
+        "is_complete",
+        "seconds",
+        "epochs",
+    ):
         assert repr(getattr(left, name)) == repr(getattr(right, name)), name  # repr: NaN, and True is not 1
+    for mine, other in zip(left.partitions, right.partitions, strict=True):
+        assert (mine.epoch_totals, mine.evaluation_totals) == (other.epoch_totals, other.evaluation_totals)
     assert repr(left.combiner_state.values) == repr(right.combiner_state.values)
     assert {n: s.tobytes() for n, s in left.combiner_state.slots.items()} == {
         n: s.tobytes() for n, s in right.combiner_state.slots.items()
@@ -137,7 +151,17 @@ REPORTS = st.builds(
     finished=st.booleans(),
 )
 PROGRESSES = st.builds(
-    PartitionProgress, COUNTS, st.builds(Cursor, COUNTS, COUNTS), COUNTS, st.none() | st.floats(0, 1), REPORTS
+    PartitionProgress,
+    COUNTS,
+    st.builds(Cursor, COUNTS, COUNTS),
+    COUNTS,
+    st.none() | st.floats(0, 1),
+    REPORTS,
+    st.binary(max_size=24),
+    COUNTS,
+    st.none() | COUNTS,
+    st.binary(max_size=24),
+    COUNTS,
 )
 SUMS = st.builds(PointSums, st.floats(), COUNTS, COUNTS, COUNTS, st.dictionaries(NAMES, st.floats(), max_size=3))
 
@@ -162,6 +186,9 @@ def checkpoints(draw: st.DrawFn) -> RunCheckpoint:
             draw(st.dictionaries(NAMES, VALUES, max_size=3)),
         ),
         is_complete=draw(st.booleans()),
+        epochs=draw(
+            st.none() | st.builds(EpochProgress, COUNTS, st.dictionaries(NAMES, st.floats(), max_size=3), st.booleans())
+        ),
     )
 
 
@@ -225,6 +252,7 @@ def test_a_file_of_format_version_1_is_still_read() -> None:
     assert decoded.partitions == (PartitionProgress(3, Cursor(1, 2), 3, 0.5, WorkerReport(0, "h", num_steps=9)),)
     assert decoded.points == RecorderState(1, 1, (PointSums(0.5, 9, 90, 90, {"loss": 4.5}),))
     assert (decoded.version, decoded.plan, decoded.combiner) == (3, {"seed": 2**70}, "Delta")
+    assert decoded.epochs is None
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

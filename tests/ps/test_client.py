@@ -210,10 +210,10 @@ def test_a_push_counts_once_wherever_the_connection_is_cut(
     cluster = start(sync=SyncPlan(staleness))
     worker = cluster.worker()
     out = LAYOUT.allocate()
-    assert worker.pull(out) == 0
+    assert worker.pull(out).version == 0
     cluster.proxy.cuts.update(cuts)  # in the PUSH, or before ACCEPTED, or in the SNAPSHOT behind it
     worker.push(filled(3), push_of(1))
-    assert worker.pull(out) == 1
+    assert worker.pull(out).version == 1
     worker.push(filled(4), push_of(2, version=1))
     worker.flush()
     assert values(out) == {2 + 3}
@@ -328,7 +328,7 @@ def test_a_pull_outlasts_the_io_timeout_while_the_server_says_that_it_lives(star
         compute(2.5)
         assert not pulled.done()
         second.register(cluster.registration(1, attempt=2))
-        assert pulled.result(DEADLINE_S) == 0
+        assert pulled.result(DEADLINE_S).version == 0
     assert cluster.server.records()[1][0].num_reconnects == 0
 
 
@@ -357,6 +357,6 @@ def test_a_half_open_connection_is_taken_over_by_the_same_attempt(start: Start) 
         pulled = threads.submit(worker.pull, out)
         cluster.wait_for(lambda: cluster.proxy.num_connections >= 2)
         cluster.proxy.is_frozen = False
-        assert pulled.result(DEADLINE_S) == 0
+        assert pulled.result(DEADLINE_S).version == 0
     status = cluster.server.status()
     assert (status.num_live, status.num_lost, status.num_standby) == (1, 0, 0)

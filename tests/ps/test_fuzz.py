@@ -18,7 +18,7 @@ from tornado.iostream import IOStream
 from benchmarks.attackers import HonestWorker
 from benchmarks.fuzz import Outcome, fuzz_parser, fuzz_server
 from benchmarks.mutations import Mutator, record, split, with_fields, with_header
-from benchmarks.victims import LAYOUT, initial_weights, parse
+from benchmarks.victims import EPOCHS, LAYOUT, initial_weights, parse
 from tensorspark.errors import ProtocolError
 from tensorspark.ps import protocol
 from tensorspark.ps.buffers import BufferPool
@@ -38,7 +38,7 @@ MAX_GROWTH_BYTES = 16 * 2**20
 
 @cache
 def frames() -> list[bytes]:
-    return record(LAYOUT)
+    return record(LAYOUT, EPOCHS)
 
 
 def check(outcome: Outcome, num_inputs: int) -> None:

@@ -111,10 +111,10 @@ def start() -> Iterator[Start]:
 def test_a_worker_pulls_what_the_run_began_with_and_sees_its_own_push(start: Start, layout: WeightLayout) -> None:
     worker = start(layout).worker()
     buffer = layout.allocate()
-    assert worker.pull(buffer) == 0
+    assert worker.pull(buffer).version == 0
     assert values(layout, buffer) == {2}
     worker.push(filled(layout, 3), push_of(1))
-    assert worker.pull(buffer) == 1
+    assert worker.pull(buffer).version == 1
     assert values(layout, buffer) == {5}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import hypothesis.strategies as st
 from hypothesis import settings
@@ -37,6 +38,8 @@ from tensorspark.weights.layout import TensorSpec, WeightLayout
 LAYOUT = WeightLayout([TensorSpec("W:0", (3,), "float32")])
 START_TIMEOUT_S = 10.0
 RECOVERY_TIMEOUT_S = 20.0
+# What an attempt goes on with on a new connection; from any other, it pulls again, or waits again for its lease.
+PHASES_THAT_GO_ON = ("computing", "skipping", "evaluating")
 
 
 def cursor_after(sequence: int) -> Cursor:
@@ -150,7 +153,7 @@ class World:
     def __init__(self, plan: SyncPlan, lengths: list[int], num_slots: int) -> None:
         self.plan, self.lengths, self.num_slots = plan, lengths, num_slots
         self.books = Books(plan, lengths)
-        self.state = RunState(1, LAYOUT, len(lengths), plan)
+        self.state = self.state_of()
         self.now = 1000.0
         self.num_numbers = 0
         self.attempts: list[Attempt] = []
@@ -161,9 +164,19 @@ class World:
         self.round: list[Fold] = []
         self.was_refused_in_round = False
 
+    def state_of(self, **restored: Any) -> RunState:
+        return RunState(1, LAYOUT, len(self.lengths), self.plan, **restored)
+
     def next_number(self) -> int:
         self.num_numbers += 1
         return self.num_numbers
+
+    def cursor_of(self, partition: int, sequence: int) -> Cursor:
+        """Where a partition stands after so many pushes."""
+        return cursor_after(sequence)
+
+    def totals_of_push(self) -> bytes:
+        return b""
 
     # Spark and its workers
 
@@ -204,9 +217,10 @@ class World:
 
     def _push(self, attempt: Attempt, *, arrives: bool = True) -> None:
         attempt.sequence += 1
-        cursor = cursor_after(attempt.sequence)
+        cursor = self.cursor_of(attempt.partition, attempt.sequence)
         sums = {"loss": float(self.next_number())}  # tells this push from any other
-        push = Push(attempt.sequence, cursor, num_steps=5, num_samples=50, version=attempt.version, sums=sums)
+        totals = self.totals_of_push()
+        push = Push(attempt.sequence, cursor, 5, 50, version=attempt.version, sums=sums, totals=totals)
         attempt.unanswered.append(push)
         attempt.phase = "ready"
         if arrives:
@@ -243,7 +257,7 @@ class World:
         connection = self._connection(attempt)
         self._hang_up(attempt)
         if attempt.phase != "asking":
-            attempt.next_phase = "computing" if attempt.phase == "computing" else "ready"
+            attempt.next_phase = attempt.phase if attempt.phase in PHASES_THAT_GO_ON else "ready"
         attempt.phase = "out"
         if dies:
             self._end(attempt)
@@ -332,10 +346,10 @@ class World:
     def _on_grant(self, grant: Grant) -> None:
         partition = self.partition_of[grant.connection]
         assert not any(self.partition_of.get(c, -1) == partition for c, _ in self.kept), "a grant while a push is due"
-        self.books.grant(partition, grant.connection, self.now)
+        self.note_grant(partition, grant.connection)
         folded = self.books.folded[partition]
         assert self.books.num_published[partition] == len(folded), "a grant while the partition's round is open"
-        assert (grant.sequence, grant.cursor) == (len(folded), cursor_after(len(folded)))
+        assert (grant.sequence, grant.cursor) == (len(folded), self.cursor_of(partition, len(folded)))
         assert grant.finished == (partition in self.books.finished)
         attempt = self.clients.get(grant.connection)
         if attempt is None:
@@ -354,6 +368,9 @@ class World:
         assert attempt.sequence - len(attempt.unanswered) == grant.sequence, "another attempt held the lease meanwhile"
         for push in attempt.unanswered:
             self._send_push(attempt, push)
+
+    def note_grant(self, partition: int, connection: int) -> None:
+        self.books.grant(partition, connection, self.now)
 
     def _on_snapshot(self, decision: SendSnapshot) -> None:
         partition = self.partition_of[decision.connection]
@@ -415,15 +432,7 @@ class World:
         before = self.state.export()
         self.books.begin_anew([partition.round for partition in before])
         recorder = Recorder(points=self.state.recorder.export())
-        self.state = RunState(
-            1,
-            LAYOUT,
-            len(self.lengths),
-            self.plan,
-            partitions=before,
-            version=self.books.version,
-            recorder=recorder,
-        )
+        self.state = self.state_of(partitions=before, version=self.books.version, recorder=recorder)
 
     # What must hold
 
@@ -438,7 +447,11 @@ class World:
             waits = attempt.phase in ("asking", "pulling") or bool(attempt.unanswered)
             assert self.state.is_waiting(connection) == waits, f"{attempt} waits: {waits}"
             if attempt.phase == "pulling" and not attempt.unanswered and not self.queue:
-                assert not self.books.lets_begin(attempt.partition), f"{attempt} waits for nothing"
+                assert not self.is_due(attempt.partition), f"{attempt} waits for nothing"
+
+    def is_due(self, partition: int) -> bool:
+        """Whether a pull is to be answered, once the partition's own pushes are published."""
+        return self.books.lets_begin(partition)
 
     def play_out(self) -> None:
         """From now on nobody dies: everybody who lives comes to an end."""

@@ -192,3 +192,61 @@ def test_asynchronously_nobody_is_told_of_a_return_whose_absence_was_not_told(ca
     assert gate.tick(1.0)
     gate.join(0, 2.0)
     assert not caplog.records
+
+
+# At the end of an epoch
+
+
+def test_a_worker_that_rests_holds_up_nobody_and_comes_back_at_the_floor() -> None:
+    opened = gate(1, 2)
+    advance(opened, 0, 1)
+    opened.rest(1)
+    assert (opened.counted, opened.awaited, opened.num_counted, opened.num_resting) == ({0}, {0, 1}, 1, 1)
+    advance(opened, 0, 6)
+    assert opened.may_begin(0)
+    opened.wake(1)
+    assert (opened.round_of(1), opened.num_counted, opened.num_resting) == (7, 2, 0)
+    advance(opened, 0, 2)
+    assert not opened.may_begin(0)
+
+
+def test_all_that_rest_come_back_in_one_round_whoever_rested_first() -> None:
+    opened = gate(0, 2)
+    opened.advance({0, 1})
+    opened.rest(1)
+    opened.advance({0})
+    opened.rest(0)
+    for partition in (1, 0):
+        opened.wake(partition)
+    assert [opened.round_of(0), opened.round_of(1)] == [2, 2]
+    assert opened.may_begin(0)
+    opened.advance({0})
+    assert not opened.may_begin(0)
+
+
+def test_a_worker_that_dies_while_it_rests_is_awaited_and_counts_once_it_is_woken() -> None:
+    opened = gate(0, 2)
+    opened.rest(1)
+    opened.lose(1, 100.0)
+    assert (opened.counted, opened.awaited, opened.num_resting) == ({0}, {0, 1}, 0)
+    opened.wake(1)
+    assert opened.counted == {0, 1}
+    assert opened.tick(120.0)
+    assert opened.awaited == {0}
+
+
+def test_an_epochs_end_waits_for_the_first_workers_in_an_asynchronous_run_too() -> None:
+    opened = gate(None, 2, num_first=2, joined=1)
+    assert (opened.has_begun, opened.has_assembled) == (True, False)
+    assert opened.tick(10.0)
+    assert opened.has_assembled
+
+
+def test_in_a_hurry_nobody_waits_for_the_lost_and_the_absent(caplog: pytest.LogCaptureFixture) -> None:
+    opened = gate(0, 3, num_first=3, joined=2)
+    opened.lose(1, 5.0)
+    opened.hurry()
+    assert opened.has_begun
+    assert opened.tick(5.0)
+    assert opened.counted == {0}
+    assert not caplog.records

@@ -78,7 +78,7 @@ def test_the_librarys_client_pins_the_certificate_of_its_address(server: Paramet
     address = ServerAddress("127.0.0.1", server.port, server.token, certificate=server.certificate)
     with ParameterClient(address) as worker:
         worker.register(Registration(1, 0, 1, LAYOUT.fingerprint, "here"))
-        assert worker.pull(LAYOUT.allocate()) == 0
+        assert worker.pull(LAYOUT.allocate()).version == 0
     with pytest.raises(AuthenticationError, match="certificate"):
         ParameterClient(replace(address, certificate=make_certificate("127.0.0.1").pem))
 

@@ -17,8 +17,9 @@ pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
 
 from tensorspark.errors import FeedError, GraphError
 from tensorspark.trainers import base
-from tensorspark.trainers.base import obtain
-from tensorspark.trainers.graph import Captured, GraphTrainer, assign, capture, tf
+from tensorspark.trainers.base import Captured, obtain
+from tensorspark.trainers.graph import GraphTrainer, tf
+from tensorspark.trainers.graph_model import assign, capture
 from tensorspark.weights.layout import ALIGNMENT_BYTES, Buffer
 
 KINDS = pytest.mark.parametrize("use_resource", [False, True], ids=["ref", "resource"])
@@ -382,7 +383,8 @@ def test_run_options_are_taken(model: Model, build: Callable[[Captured], GraphTr
 
 
 def test_a_column_of_strings_reaches_the_graph(build: Callable[[Captured], GraphTrainer]) -> None:
-    from tensorspark.data.batches import PartitionFeed
+    from tensorspark.data.decoders import RowDecoder
+    from tensorspark.data.feed import PartitionFeed
     from tensorspark.data.spill import EpochCache
 
     with tf.Graph().as_default() as graph, tf.Session(graph=graph) as session:
@@ -393,9 +395,11 @@ def test_a_column_of_strings_reaches_the_graph(build: Callable[[Captured], Graph
         captured = capture(session, fetch, ["words"], [v])
     trainer = build(captured)
     with EpochCache(2**20, "/nonexistent") as cache:
-        feed = PartitionFeed(["abc", "de"], captured.spec.columns, partition=0, batch_size=8, num_epochs=1,
+        feed = PartitionFeed(["abc", "de"], RowDecoder(captured.spec.columns), partition=0, batch_size=8, num_epochs=1,
                              shuffle=False, seed=0, cache=cache)  # fmt: skip
-        assert [trainer.step(batch.columns) for batch in feed.batches()] == [(5.0,)]
+        stretch = feed.take(1)
+        assert stretch is not None
+        assert trainer.train(stretch.columns, 8).tolist() == [2 * 5.0]
 
 
 def test_columns_know_free_sizes(model: Model) -> None:
@@ -561,7 +565,7 @@ def test_reading_a_resource_variable_runs_nothing_else() -> None:
 # One trainer per process
 
 
-def test_obtain_builds_once_and_resets_every_time(model: Model) -> None:
+def test_obtain_builds_once_and_what_is_reset_trains_the_same_again(model: Model) -> None:
     captured = model.capture([model.train, model.loss])
     fetched: list[int] = []
 
@@ -575,6 +579,7 @@ def test_obtain_builds_once_and_resets_every_time(model: Model) -> None:
     assert trainers[0] is trainers[1] is trainers[2]
     for _ in range(3):
         trainer = obtain(captured.spec, content)
+        trainer.reset(partition=0, seed=0)
         trainer.load(captured.weights)
         runs.append([trainer.step(_batch(seed)) for seed in range(3)])
     assert runs[0] == runs[1] == runs[2]

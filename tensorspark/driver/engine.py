@@ -1,0 +1,244 @@
+"""Training runs on a Spark cluster: server, executors, checkpoints and job, whatever the model."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pyspark import SparkContext
+
+from tensorspark.config import Config
+from tensorspark.driver.arguments import RunPlan
+from tensorspark.driver.checkpoints import CheckpointDirectory
+from tensorspark.driver.continuing import continued, planned_values
+from tensorspark.driver.jobs import settled_slots
+from tensorspark.driver.preflight import require_ready
+from tensorspark.driver.progress import ProgressLine
+from tensorspark.driver.publishing import Publisher
+from tensorspark.driver.resources import Resources, address_of
+from tensorspark.driver.training import JobLabel, OnEpoch, exclusively, require_trained, run_job
+from tensorspark.errors import CheckpointError, ConfigError, SessionClosedError
+from tensorspark.history import History
+from tensorspark.ps.checkpoint import RunCheckpoint
+from tensorspark.ps.link import ServerAddress
+from tensorspark.ps.messages import EpochPlan
+from tensorspark.ps.server import ParameterServer
+from tensorspark.ps.sync import SyncPlan
+from tensorspark.worker import WorkerJob
+
+if TYPE_CHECKING:
+    from tensorspark.trainers.base import Captured, DriverModel
+
+
+class Engine:
+    """What a session trains with: one parameter server, one directory of files, one run after the other.
+
+    Args:
+        name: shown in progress, history and Spark's web page.
+        user: who to write to HDFS as.
+        restored_url: directory of the checkpoints that the session goes on from, and to which more go.
+        wants_checkpoints: whether the user asked for them, so that it is an error where they have no place.
+
+    Raises:
+        ConfigError: checkpoints are asked for, and have no place.
+    """
+
+    def __init__(
+        self,
+        spark_context: SparkContext,
+        config: Config,
+        *,
+        name: str,
+        user: str,
+        restored_url: str | None = None,
+        wants_checkpoints: bool = False,
+    ) -> None:
+        self.spark_context = spark_context
+        self.config = config
+        self.restored: RunCheckpoint | None = None
+        self.name = name
+        self.user = user
+        self._run_id = secrets.token_hex(8)
+        self.checkpoint_dir = self._choose_checkpoint_dir(restored_url)
+        if wants_checkpoints and self.checkpoint_dir is None:
+            raise ConfigError("checkpoint_interval_s needs hdfs_dir (or spark.hdfs.dir): checkpoints go there")
+        host = config.server_host or spark_context.getConf().get("spark.driver.host", "localhost")
+        self._checked: ServerAddress | None = None
+        self._running = threading.Lock()
+        self._publisher = Publisher(spark_context, self._run_id, config.hdfs_dir, config.tmp_dir, user)
+        self._resources = Resources(self._publisher, config, host or "localhost", user)
+        # Runs at exit too, and when the session is forgotten: who makes it anew in a shell finds its port free.
+        self.close = weakref.finalize(self, self._resources.close)
+
+    @property
+    def server(self) -> ParameterServer | None:
+        return self._resources.server
+
+    def num_slots(self, wanted: int) -> int:
+        """How many tasks can run at once, once there are as many as `wanted`, or no more will come."""
+        return settled_slots(self.spark_context, wanted, self.config.start_timeout_s)
+
+    def take_over(self, checkpoint: RunCheckpoint, model: DriverModel) -> None:
+        """Gives the model a checkpoint's weights; the next run continues the one that wrote it, if that was not over.
+
+        Raises:
+            CheckpointError: it is of another model: says which tensors differ.
+        """
+        difference = model.difference(checkpoint.layout)
+        if difference:
+            raise CheckpointError(
+                f"the checkpoint in {self.checkpoint_dir} is of another model: {difference}; make the session with the "
+                f"model that was trained"
+            )
+        model.assign(checkpoint.layout, checkpoint.weights)
+        self.restored = None if checkpoint.is_complete else checkpoint
+
+    def train(
+        self,
+        model: DriverModel,
+        captured: Captured,
+        plan: RunPlan,
+        *,
+        progress: bool,
+        keeps_server: bool = False,
+        on_epoch: Callable[[ParameterServer], OnEpoch] | None = None,
+        planned: Mapping[str, Any] | None = None,
+    ) -> History:
+        """Trains in one Spark job; the model holds the trained weights then, or, after an error, what it held before.
+
+        Args:
+            keeps_server: for the next run.
+            on_epoch: makes what is done at the end of each epoch, where `plan.has_epochs`.
+            planned: more for checkpoints to say of the run, read anew for each.
+
+        Raises:
+            See `SparkSession.run`.
+        """
+        with exclusively(self._running, plan.combiner):
+            try:
+                history = self._train(model, captured, plan, progress, on_epoch, planned or {})
+                if not keeps_server:
+                    self.stop_server()
+                return history
+            except BaseException as error:
+                self.stop_server()
+                plan.combiner.reset_value()  # what it has seen is in no weights
+                if isinstance(error, Exception) and not self.close.alive:
+                    raise SessionClosedError("this SparkSession was closed while it trained") from error
+                raise
+
+    def stop_server(self) -> None:
+        self._resources.stop_server()
+
+    def _train(
+        self,
+        model: DriverModel,
+        captured: Captured,
+        plan: RunPlan,
+        progress: bool,
+        on_epoch: Callable[[ParameterServer], OnEpoch] | None,
+        planned: Mapping[str, Any],
+    ) -> History:
+        layout = captured.spec.layout
+        resume = self.restored and continued(self.restored, plan, self.config, layout)
+        server, job = self._begin(captured, plan, resume)
+        began = time.monotonic()
+        line = ProgressLine(self.name, progress)
+        with self._checkpoints(server, plan, planned, line) as write_last:
+            label = JobLabel(
+                group=f"tensorspark-{self._run_id}-{job.run}",
+                description=f"tensorspark {self.name}: run {job.run}, {plan.num_epochs} epoch(s)",
+            )
+            run_job(plan.feed_rdd, job, server, line, label, on_epoch and on_epoch(server))
+            write_last()
+        seconds = time.monotonic() - began + (resume.seconds if resume else 0.0)
+        points, workers = server.records()
+        weights = layout.allocate()
+        require_trained(workers, server.read_weights(weights))
+        model.assign(layout, weights)
+        self.restored = None
+        return History(
+            name=self.name,
+            num_steps=sum(worker.num_steps for worker in workers),
+            num_samples=sum(worker.num_samples for worker in workers),
+            seconds=seconds,
+            seed=plan.seed,
+            points=points,
+            workers=workers,
+        )
+
+    def _begin(
+        self, captured: Captured, plan: RunPlan, resume: RunCheckpoint | None
+    ) -> tuple[ParameterServer, WorkerJob]:
+        config, spec = self.config, captured.spec
+        content = self._publisher.publish(captured.content, spec.content_hash)
+        server = self._resources.server_for(spec.layout)
+        run = server.begin_run(
+            resume.weights if resume else captured.weights,
+            plan.combiner,
+            plan.num_partitions,
+            sync=SyncPlan(config.staleness, plan.num_first, config.start_timeout_s, config.recovery_timeout_s),
+            resume=resume,
+            epochs=_epoch_plan(plan, spec.num_totals),
+        )
+        address = address_of(server, config)
+        self._check_executors(address)
+        return server, WorkerJob(
+            address=address,
+            run=run,
+            spec=spec,
+            content=content,
+            decoder=plan.decoder,
+            pushes=plan.combiner.pushes,
+            moving_rate=plan.combiner.moving_rate,
+            batch_size=plan.batch_size,
+            sync_interval=config.sync_interval,
+            num_epochs=plan.num_epochs,
+            shuffle=plan.shuffle,
+            seed=plan.seed,
+            cache_memory_bytes=config.cache_memory_bytes,
+            tmp_dir=config.tmp_dir,
+            has_epochs=plan.has_epochs,
+            validation_split=plan.validation_split,
+        )
+
+    def _check_executors(self, address: ServerAddress) -> None:
+        if self._checked != address:
+            config = self.config
+            require_ready(
+                self.spark_context,
+                address,
+                hdfs_dir=config.hdfs_dir,
+                tmp_dir=config.tmp_dir,
+                run_id=self._run_id,
+                user=self.user,
+            )
+            self._checked = address
+
+    @contextlib.contextmanager
+    def _checkpoints(
+        self, server: ParameterServer, plan: RunPlan, planned: Mapping[str, Any], line: ProgressLine
+    ) -> Iterator[Callable[[], object]]:
+        def described() -> dict[str, Any]:
+            return {"name": self.name, **planned_values(plan, self.config), **planned}
+
+        with self._resources.checkpoints(server, self.checkpoint_dir, described) as checkpointer:
+            if self.checkpoint_dir is not None:
+                line.note(f"checkpoints, for SparkSession.restore, go to {self.checkpoint_dir}")
+            yield (lambda: None) if checkpointer is None else checkpointer.write_last
+
+    def _choose_checkpoint_dir(self, restored_url: str | None) -> str | None:
+        if not self.config.checkpoint_interval_s:
+            return None
+        if restored_url or self.config.hdfs_dir is None:
+            return restored_url
+        return CheckpointDirectory.url_of_run(self.config.hdfs_dir, self._run_id)
+
+
+def _epoch_plan(plan: RunPlan, num_totals: int) -> EpochPlan | None:
+    return EpochPlan(plan.num_epochs, plan.validates, num_totals, plan.values) if plan.has_epochs else None

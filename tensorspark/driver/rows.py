@@ -1,0 +1,219 @@
+"""From what a user hands to `fit` and `evaluate` to a feed of the columns that the model takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pyspark import RDD, SparkContext
+from pyspark.sql import DataFrame
+
+from tensorspark.data.arrow import Source
+from tensorspark.data.columns import Column
+from tensorspark.data.decoders import Decoder
+from tensorspark.driver.inputs import (
+    DatasetContext,
+    Feed,
+    Label,
+    Names,
+    array_feed,
+    as_sources,
+    dataframe_feed,
+    dataset_feed,
+    is_block,
+    labels_of,
+    rdd_feed,
+)
+from tensorspark.errors import ConfigError, FeedError
+
+
+class FedModel(Protocol):
+    """What a model says of the columns that it is fed."""
+
+    def expected_columns(
+        self, names: Any = None, labels: Sequence[Label | None] | None = None, *, weighted: bool = False
+    ) -> tuple[Column, ...]: ...
+
+    def dataset_decoder(
+        self, dataset_fn: Callable[[Any], Any], context: Any, *, has_labels: bool
+    ) -> tuple[Decoder, bool]: ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained, evaluated or predicted on, as the user gave it.
+
+    Attributes:
+        x: a DataFrame; an RDD of rows or blocks; an array, or several in a list or a dict by input; or a function that
+            makes a `tf.data.Dataset` of single rows from a `DatasetContext`.
+        y, sample_weight: arrays that go with arrays.
+        names: the columns of a DataFrame.
+    """
+
+    x: Any
+    y: Any = None
+    sample_weight: Any = None
+    names: Names = field(default_factory=Names)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A feed, and what its columns are to the model.
+
+    Attributes:
+        input_names: for a model that does not say itself what it takes.
+        weighted: whether the last column is the rows' weights.
+        sources: a DataFrame's columns for each of `columns`.
+    """
+
+    feed: Feed
+    columns: tuple[Column, ...]
+    input_names: Any
+    weighted: bool
+    sources: tuple[Source, ...] = ()
+
+
+def rows_of(
+    data: Data, model: FedModel, spark_context: SparkContext, num_slots: Callable[[], int], *, has_labels: bool = True
+) -> Rows:
+    """Resolves `data` for `model`.
+
+    Args:
+        num_slots: into how many partitions arrays are cut, and for how many workers datasets are made.
+        has_labels: whether labels are fed too.
+
+    Raises:
+        ConfigError: arguments that do not go together.
+        FeedError: columns that are missing or that the model cannot take, arrays of different lengths, no row.
+    """
+    if isinstance(data.x, DataFrame):
+        _refuse_arrays(data, "a DataFrame", "name its columns with label= and sample_weight=")
+        return _of_dataframe(data.x, data.names, model, has_labels)
+    if type(data.x).__module__.startswith("pandas."):
+        raise ConfigError("expected a Spark DataFrame, got one of pandas: pass spark.createDataFrame(it)")
+    if data.names != Names():
+        raise ConfigError(
+            f"features, label and sample_weight name columns of a DataFrame, got {data.names} with "
+            f"{type(data.x).__name__}: leave them out"
+        )
+    if isinstance(data.x, RDD):
+        _refuse_arrays(data, "an RDD", "put labels and weights into its rows")
+        return _of_rdd(data.x, model, has_labels)
+    if callable(data.x):
+        _refuse_arrays(data, "a dataset_fn", "have the dataset yield (x, y, sample_weight)")
+        num_shards = num_slots()
+        decoder, weighted = model.dataset_decoder(data.x, DatasetContext(0, num_shards), has_labels=has_labels)
+        return Rows(dataset_feed(spark_context, decoder, num_shards), decoder.columns, None, weighted)
+    return _of_arrays(data, model, spark_context, num_slots(), has_labels)
+
+
+def _refuse_arrays(data: Data, what: str, instead: str) -> None:
+    if data.y is not None or data.sample_weight is not None:
+        raise ConfigError(f"y and sample_weight arrays go with arrays, got them with {what}: {instead}")
+
+
+def _of_dataframe(df: DataFrame, names: Names, model: FedModel, has_labels: bool) -> Rows:
+    given = {name: name for name in names.features} if isinstance(names.features, Mapping) else None
+    inputs = [column.name for column in model.expected_columns(given, [])]
+    outputs = [column.name for column in model.expected_columns(given)[len(inputs) :]] if has_labels else []
+    weighted = names.sample_weight is not None and has_labels
+    names = names if has_labels else replace(names, label=None, sample_weight=None)
+    if names.features is None and not set(inputs) <= set(df.columns):
+        raise ConfigError(
+            f"features must name the column that is fed, as the DataFrame has none called as the model's inputs are "
+            f"({', '.join(inputs)}): pass features=, one of {', '.join(df.columns)}"
+        )
+    sources = as_sources(names, inputs, outputs)
+    labels = labels_of(df, sources[len(inputs) : len(inputs) + len(outputs)])
+    columns = model.expected_columns(given, labels, weighted=weighted)
+    columns = tuple(replace(c, name=s[0]) if len(s) == 1 else c for c, s in zip(columns, sources, strict=True))
+    if any(column.shape is None for column in columns):
+        columns = _completed(columns, _first_row(df, columns, sources))
+    return Rows(dataframe_feed(df, columns, sources), columns, given, weighted, sources)
+
+
+def _first_row(df: DataFrame, columns: Sequence[Column], sources: Sequence[Source]) -> tuple[NDArray[Any], ...]:
+    feed = dataframe_feed(df.limit(1), columns, sources)
+    for block in feed.decoder.blocks(iter(feed.rdd.collect()), 0):
+        if block and len(block[0]):
+            return block
+    raise FeedError("the DataFrame has no rows: look at what filters it")
+
+
+def _completed(columns: Sequence[Column], sample: Sequence[NDArray[Any]]) -> tuple[Column, ...]:
+    """Columns with the shapes that a sample of rows has, where they are not known."""
+    return tuple(
+        replace(column, shape=array.shape[1:]) if column.shape is None else column
+        for column, array in zip(columns, sample, strict=True)
+    )
+
+
+def _of_rdd(rdd: RDD[Any], model: FedModel, has_labels: bool) -> Rows:
+    first = rdd.take(1)
+    if not first:
+        raise FeedError("the RDD has no rows: look at what filters it")
+    num_inputs = len(model.expected_columns(None, []))
+    num_outputs = len(model.expected_columns()) - num_inputs if has_labels else 0
+    values = list(first[0]) if isinstance(first[0], tuple | list) and num_inputs + num_outputs > 1 else [first[0]]
+    num_expected = num_inputs + num_outputs
+    if len(values) not in (num_expected, num_expected + has_labels):
+        raise FeedError(
+            f"expected rows of {num_expected} values ({num_inputs} inputs and {num_outputs} labels), or one more for "
+            f"the sample's weight; got {len(values)} in the first"
+        )
+    weighted = len(values) > num_expected
+    blocks = is_block(values, model.expected_columns(None, [])) and (not num_outputs or np.ndim(values[num_inputs]) > 0)
+    labels = [_label(value, blocks) for value in values[num_inputs:num_expected]]
+    columns = model.expected_columns(None, labels, weighted=weighted)
+    columns = _completed(columns, [np.asarray(value) if blocks else np.asarray(value)[None] for value in values])
+    return Rows(rdd_feed(rdd, columns, is_blocks=blocks), columns, None, weighted)
+
+
+def _label(value: Any, is_blocks: bool) -> Label:
+    array = np.asarray(value)
+    shape = array.shape[1:] if is_blocks else array.shape
+    if array.dtype.kind not in "iufb":
+        raise FeedError(f"expected labels that are numbers, got {array.dtype}: turn them into class numbers first")
+    return shape, "float32" if array.dtype == np.float64 else array.dtype.name
+
+
+def _of_arrays(data: Data, model: FedModel, spark_context: SparkContext, num_partitions: int, has_labels: bool) -> Rows:
+    given = {name: name for name in data.x} if isinstance(data.x, Mapping) else None
+    inputs = model.expected_columns(given, [])
+    x = _arrays("x", data.x, [column.name for column in inputs])
+    y: list[NDArray[Any]] = []
+    if has_labels:
+        outputs = model.expected_columns(given)[len(inputs) :]
+        if data.y is None and outputs:
+            raise ConfigError("expected y, the labels of the arrays in x, got None")
+        y = _arrays("y", data.y, [column.name for column in outputs])
+    weights = [np.asarray(data.sample_weight, np.float32)] if data.sample_weight is not None else []
+    arrays = [*x, *y, *weights]
+    columns = model.expected_columns(given, [_label(array, True) for array in y], weighted=bool(weights))
+    columns = _completed(columns, arrays)
+    fitted = [_fitted(array, column) for array, column in zip(arrays, columns, strict=True)]
+    feed = array_feed(spark_context, fitted, columns, num_partitions)
+    return Rows(feed, columns, given, bool(weights))
+
+
+def _arrays(argument: str, value: Any, names: Sequence[str]) -> list[NDArray[Any]]:
+    if isinstance(value, Mapping):
+        if value.keys() != set(names):
+            raise ConfigError(f"{argument} must have the keys {sorted(names)}, got {sorted(value)}")
+        return [np.asarray(value[name]) for name in names]
+    values = list(value) if len(names) > 1 else [value]
+    if len(values) != len(names):
+        raise ConfigError(f"{argument} must be {len(names)} arrays ({', '.join(names)}), got {len(values)}")
+    return [np.asarray(array) for array in values]
+
+
+def _fitted(array: NDArray[Any], column: Column) -> NDArray[Any]:
+    """Flat rows in the column's shape; and one number a row as the array of one that the column may ask for."""
+    shape = [size for size in column.shape or () if size is not None]
+    if len(shape) == len(column.shape or ()) and math.prod(array.shape[1:]) == math.prod(shape):
+        return array.reshape(len(array), *shape)
+    return array

@@ -1,0 +1,261 @@
+"""Predictions and evaluation on Spark give what Keras gives in this process, in the columns that were announced."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
+
+from pyspark.errors import PySparkException
+from pyspark.ml.linalg import Vectors, VectorUDT
+from pyspark.sql import SparkSession
+from pyspark.sql.types import (
+    ArrayType,
+    DoubleType,
+    FloatType,
+    IntegerType,
+    LongType,
+    StringType,
+    StructField,
+    StructType,
+)
+
+from tensorspark.data.columns import Column
+from tensorspark.data.decoders import BlockDecoder
+from tensorspark.driver.inference import evaluated, predicted
+from tensorspark.driver.prediction_schema import OutputColumns, numbers, vectors
+from tensorspark.errors import ConfigError, FeedError, ModelError, WorkerFailedError
+from tensorspark.trainers.keras_files import for_predictions, output_columns
+from tensorspark.trainers.keras_model import as_keras_model, keras
+
+ROWS, WIDTH = 43, 4
+
+
+def _model(units: int = 3, seed: int = 5) -> Any:
+    keras.utils.set_random_seed(seed)
+    layers = [keras.layers.Dense(6, activation="tanh"), keras.layers.Dense(units, activation="softmax")]
+    model = keras.Sequential([keras.Input((WIDTH,)), *layers])
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def _data(seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return random.normal(size=(ROWS, WIDTH)).astype(np.float32), random.integers(0, 3, ROWS)
+
+
+def _frame(spark: SparkSession, x: np.ndarray, num_partitions: int = 3) -> Any:
+    """Rows in order, in types that must come through as they are."""
+    schema = StructType(
+        [
+            StructField("id", IntegerType(), nullable=False),
+            StructField("name", StringType()),
+            StructField("x", ArrayType(FloatType())),
+            StructField("vector", VectorUDT()),
+        ]
+    )
+    rows = [(i, f"row {i}" if i % 3 else None, row.tolist(), Vectors.dense(row.tolist())) for i, row in enumerate(x)]
+    return spark.createDataFrame(spark.sparkContext.parallelize(rows, num_partitions), schema)
+
+
+def _predicted(df: Any, model: Any, outputs: tuple[str, ...] = ("p",), source: str = "x", batch_size: int = 8) -> Any:
+    driver_model = as_keras_model(for_predictions(model))
+    structure, columns = driver_model.structure(num_labels=0), driver_model.expected_columns(labels=[])
+    made = output_columns(model, columns, structure)
+    named = [Column(name, column.shape, column.dtype) for name, column in zip(outputs, made, strict=True)]
+    captured = driver_model.capture(columns, structure)
+    return predicted(df, captured, columns, [(source,)], OutputColumns(tuple(named)), batch_size)
+
+
+def test_predictions_are_keras_predictions_and_the_rows_are_untouched(spark: SparkSession) -> None:
+    x, _ = _data()
+    model, df = _model(), _frame(spark, x)
+    predictions = _predicted(df, model)
+    rows = predictions.collect()
+    assert [row[:4] for row in rows] == [tuple(row) for row in df.collect()]
+    np.testing.assert_allclose([row.p for row in rows], model.predict(x, verbose=0), rtol=1e-5)
+
+
+def test_the_schema_is_the_announced_one_before_and_after(spark: SparkSession) -> None:
+    x, _ = _data()
+    df = _frame(spark, x)
+    predictions = _predicted(df, _model(), source="vector")
+    expected = [*df.schema.fields, StructField("p", ArrayType(FloatType(), containsNull=False), nullable=False)]
+    assert predictions.schema == StructType(expected)
+    arrow = predictions.toArrow().schema
+    assert [(f.name, f.nullable) for f in arrow] == [(f.name, f.nullable) for f in expected]
+
+
+def test_partitions_without_rows_and_batches_of_one_row_predict(spark: SparkSession) -> None:
+    x, _ = _data()
+    model = _model()
+    df = _frame(spark, x[:2], num_partitions=5)
+    spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", "1")
+    try:
+        rows = _predicted(df, model).collect()
+    finally:
+        spark.conf.unset("spark.sql.execution.arrow.maxRecordsPerBatch")
+    np.testing.assert_allclose([row.p for row in rows], model.predict(x[:2], verbose=0), rtol=1e-5)
+    assert _predicted(df.filter("id < 0"), model).collect() == []
+
+
+def test_several_outputs_of_every_rank_become_columns(spark: SparkSession) -> None:
+    inputs = keras.Input((WIDTH,))
+    score = keras.layers.Dense(1, dtype="float64", name="score")(inputs)
+    grid = keras.layers.Reshape((2, 3))(keras.layers.Dense(6)(inputs))
+    index = keras.ops.argmax(grid, axis=(-1))
+    model = keras.Model(inputs, [score, grid, index])
+    model.compile("sgd", ["mse", "mse", None])
+    x, _ = _data()
+    predictions = _predicted(_frame(spark, x), model, ("score", "grid", "index"))
+    nested = ArrayType(ArrayType(FloatType(), containsNull=False), containsNull=False)
+    types = {field.name: field.dataType for field in predictions.schema.fields[4:]}
+    assert types["score"] == DoubleType()
+    assert types["grid"] == nested
+    assert types["index"] in (ArrayType(IntegerType(), containsNull=False), ArrayType(LongType(), containsNull=False))
+    rows = predictions.collect()
+    for name, expected in zip(("score", "grid", "index"), model.predict(x, verbose=0), strict=True):
+        values = np.array([row[name] for row in rows])
+        np.testing.assert_allclose(values, expected[:, 0] if name == "score" else expected, rtol=1e-5)
+
+
+def test_a_dataframe_keeps_the_weights_it_was_made_with(spark: SparkSession) -> None:
+    x, _ = _data()
+    model, df = _model(), _frame(spark, x)
+    before = _predicted(df, model)
+    first = model.predict(x, verbose=0)
+    model.set_weights([weight * -2.0 for weight in model.get_weights()])
+    after = _predicted(df, model)
+    second = model.predict(x, verbose=0)
+    assert np.abs(first - second).max() > 0.1
+    for frame, expected in ((before, first), (after, second), (before, first)):  # in the same Python workers, in turn
+        np.testing.assert_allclose([row.p for row in frame.collect()], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["name", "NAME"])
+def test_a_column_that_is_there_already_is_refused(spark: SparkSession, name: str) -> None:
+    x, _ = _data()
+    with pytest.raises(ConfigError, match=f"has a column '{name}' already"):
+        _predicted(_frame(spark, x), _model(), (name,))
+
+
+def test_columns_that_share_a_name_are_refused(spark: SparkSession) -> None:
+    x, _ = _data()
+    df = _frame(spark, x)
+    with pytest.raises(ConfigError, match="2 columns 'id'"):
+        _predicted(df.select("id", "id", "x"), _model())
+
+
+def test_a_missing_or_unfit_column_fails_before_a_task(spark: SparkSession) -> None:
+    x, _ = _data()
+    with pytest.raises(FeedError, match="no column 'vectr': did you mean 'vector'"):
+        _predicted(_frame(spark, x), _model(), source="vectr")
+    with pytest.raises(FeedError, match="column 'name'"):
+        _predicted(_frame(spark, x), _model(), source="name")
+
+
+def test_a_row_that_does_not_fit_is_named(spark: SparkSession) -> None:
+    x, _ = _data()
+    rows = [(row.tolist()[: WIDTH - (i == 7)],) for i, row in enumerate(x[:10])]
+    df = spark.createDataFrame(spark.sparkContext.parallelize(rows, 2), "x array<float>")
+    with pytest.raises(PySparkException, match=r"partition 1, row 2.*length 3 instead of 4"):
+        _predicted(df, _model()).collect()
+
+
+def test_an_output_without_a_spark_type_is_refused() -> None:
+    with pytest.raises(ModelError, match="output 'p' of the model is complex64"):
+        OutputColumns((Column("p", (2,), "complex64"),))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bool", "uint8", "uint32", "int64"])
+def test_arrays_reach_arrow_with_their_values(dtype: str) -> None:
+    values = np.arange(24).reshape(4, 3, 2).astype(dtype)
+    assert numbers(values).to_pylist() == values.tolist()
+    assert numbers(values[::2]).to_pylist() == values[::2].tolist()
+    assert numbers(values[:0]).to_pylist() == []
+
+
+def test_numbers_share_the_memory_of_the_array() -> None:
+    values = np.arange(12, dtype=np.float32).reshape(4, 3)
+    assert numbers(values).flatten().buffers()[1].address == values.ctypes.data
+
+
+def test_strings_reach_arrow_as_text() -> None:
+    assert numbers(np.array([b"caf\xc3\xa9", "b"], object)).to_pylist() == ["café", "b"]
+
+
+def test_vectors_are_dense_ml_vectors() -> None:
+    assert vectors(np.array([[1.5, 2.0]])).to_pylist() == [
+        {"type": 1, "size": None, "indices": None, "values": [1.5, 2.0]}
+    ]
+
+
+# Evaluation
+
+
+def _blocks(sc: Any, x: np.ndarray, y: np.ndarray, bounds: list[int]) -> Any:
+    blocks = [(x[a:b], y[a:b]) for a, b in itertools.pairwise(bounds)]
+    return sc.parallelize(blocks, len(blocks))
+
+
+def test_totals_over_partitions_are_keras_metrics(sc: Any) -> None:
+    x, y = _data()
+    model = _model()
+    driver_model = as_keras_model(model)
+    columns, structure = driver_model.expected_columns(), driver_model.structure()
+    captured = driver_model.capture(columns, structure)
+    totals, num_samples = evaluated(
+        _blocks(sc, x, y, [0, 10, 10, 31, ROWS]), BlockDecoder(columns), captured, 8, name="digits"
+    )
+    expected = model.evaluate(x, y, verbose=0, return_dict=True)
+    assert num_samples == ROWS
+    assert driver_model.logs(totals) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_evaluation_after_other_weights_uses_its_own(sc: Any) -> None:
+    x, y = _data()
+    model = _model()
+    driver_model = as_keras_model(model)
+    columns, structure = driver_model.expected_columns(), driver_model.structure()
+    rdd = _blocks(sc, x, y, [0, 20, ROWS])
+    evaluated(rdd, BlockDecoder(columns), driver_model.capture(columns, structure), 8)
+    model.set_weights([weight * -2.0 for weight in model.get_weights()])
+    totals, _ = evaluated(rdd, BlockDecoder(columns), driver_model.capture(columns, structure), 8)
+    assert driver_model.logs(totals)["loss"] == pytest.approx(model.evaluate(x, y, verbose=0)[0], rel=1e-5)
+
+
+def test_nothing_to_evaluate_gives_no_totals(sc: Any) -> None:
+    driver_model = as_keras_model(_model())
+    columns = driver_model.expected_columns()
+    captured = driver_model.capture(columns, driver_model.structure())
+    totals, num_samples = evaluated(sc.parallelize([], 2), BlockDecoder(columns), captured, 8)
+    assert (totals.tolist(), num_samples) == ([], 0)
+
+
+def test_a_row_that_fails_names_partition_and_host(sc: Any) -> None:
+    x, y = _data()
+    y[35] = 3
+    driver_model = as_keras_model(_model())
+    columns = driver_model.expected_columns()
+    captured = driver_model.capture(columns, driver_model.structure())
+    expected = r"partition 2 on .* failed: FeedError: .* is 3, but .* 3 classes"
+    with pytest.raises(WorkerFailedError, match=expected) as info:
+        evaluated(_blocks(sc, x, y, [0, 10, 31, ROWS]), BlockDecoder(columns), captured, 8)
+    assert info.value.partition == 2
+    assert "Traceback" in info.value.worker_traceback
+
+
+def test_rows_that_cannot_be_made_fail_the_evaluation(sc: Any) -> None:
+    def broken(index: int) -> Any:
+        raise RuntimeError(f"no data behind {index}")
+
+    driver_model = as_keras_model(_model())
+    columns = driver_model.expected_columns()
+    captured = driver_model.capture(columns, driver_model.structure())
+    rdd = sc.parallelize([7], 1).map(broken)
+    with pytest.raises(WorkerFailedError, match="no data behind 7"):
+        evaluated(rdd, BlockDecoder(columns), captured, 8)
