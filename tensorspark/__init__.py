@@ -19,13 +19,17 @@ from tensorspark.weights.elastic import ElasticAveragingCombiner
 from tensorspark.weights.server_optimizers import ServerAdagrad, ServerAdam, ServerSGD
 
 if TYPE_CHECKING:
+    from tensorspark.driver.inputs import DatasetContext
     from tensorspark.session import SparkSession
+    from tensorspark.trainers.function import FunctionTrainer
 
 __version__ = "2.0.0"
 
 __all__ = [
+    "DatasetContext",
     "DeltaWeightCombiner",
     "ElasticAveragingCombiner",
+    "FunctionTrainer",
     "History",
     "MeanDeltaCombiner",
     "MeanWeightCombiner",
@@ -47,4 +51,12 @@ def __getattr__(name: str) -> Any:
         from tensorspark.session import SparkSession
 
         return SparkSession
+    if name == "FunctionTrainer":
+        from tensorspark.trainers.function import FunctionTrainer
+
+        return FunctionTrainer
+    if name == "DatasetContext":
+        from tensorspark.driver.inputs import DatasetContext
+
+        return DatasetContext
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

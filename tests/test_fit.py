@@ -16,7 +16,7 @@ from pyspark.ml.linalg import Vectors
 from pyspark.sql import DataFrame
 from pyspark.sql import SparkSession as SqlSession
 
-from tensorspark import DeltaWeightCombiner, ServerAdam, SparkSession
+from tensorspark import DeltaWeightCombiner, FunctionTrainer, ServerAdam, SparkSession
 from tensorspark.errors import CheckpointError, ConfigError, FeedError, ModelError, WorkerFailedError
 from tensorspark.trainers.startup import quiet
 
@@ -289,6 +289,31 @@ def test_a_layer_that_was_adapted_travels_with_its_vocabulary(spark: SqlSession)
         found = session.predict(df).collect()
     assert history.history["accuracy"][-1] == 1.0
     assert [row.prediction > 0.5 for row in found] == ["good" in row.text for row in found]
+
+
+def test_a_training_function_without_keras_is_fitted(spark: SqlSession) -> None:
+    x, _ = data(200)
+    target = x @ np.arange(1, 7, dtype=np.float32) + 2
+
+    def build() -> Any:
+        w, b = tf.Variable(tf.ones([NUM_FEATURES]), name="w"), tf.Variable(1.0, name="b")
+
+        def step(x: Any, y: Any) -> Any:
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((tf.linalg.matvec(x, w) + b - y) ** 2)
+            for variable, gradient in zip((w, b), tape.gradient(loss, (w, b)), strict=True):
+                variable.assign_sub(0.1 * gradient)
+            return loss
+
+        return [w, b], step
+
+    rows = [(a.tolist(), float(t)) for a, t in zip(x, target, strict=True)]
+    df = spark.createDataFrame(spark.sparkContext.parallelize(rows, 2), "x array<float>, y double")
+    for feed, options in [((df,), {"features": "x", "label": "y"}), ((x, target), {})]:
+        trainer = FunctionTrainer(build)
+        history = fit(spark, trainer, *feed, epochs=5, **options)
+        np.testing.assert_allclose(trainer.variables[0].numpy(), np.arange(1, 7), atol=0.05)
+        assert history.history["loss"][-1] < 0.01 < history.history["loss"][0]
 
 
 def test_a_callback_that_asks_to_stop_ends_the_run_with_the_weights_of_that_epoch(spark: SqlSession) -> None:

@@ -44,6 +44,12 @@ def known_shape_and_dtype(column: pa.Field) -> tuple[tuple[int, ...] | None, str
     return (tuple(known) if len(known) == len(lengths) else None), dtype.name
 
 
+def field_called(name: str, schema: pa.Schema) -> pa.Field:
+    """The field of that name; raises FeedError unless there is exactly one."""
+    _check_present(name, schema)
+    return schema.field(name)
+
+
 def _check_present(name: str, schema: pa.Schema) -> None:
     num_found = schema.names.count(name)
     if num_found == 1:

@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pyspark import RDD, SparkContext
 from pyspark.sql import DataFrame
+from pyspark.sql.pandas.types import to_arrow_schema
 
-from tensorspark.data.arrow import Source
+from tensorspark.data.arrow import Source, known_shape_and_dtype
+from tensorspark.data.arrow_schema import field_called
 from tensorspark.data.columns import Column
 from tensorspark.data.decoders import Decoder
 from tensorspark.driver.inputs import (
@@ -32,7 +34,13 @@ from tensorspark.errors import ConfigError, FeedError
 
 
 class FedModel(Protocol):
-    """What a model says of the columns that it is fed."""
+    """What a model says of the columns that it is fed.
+
+    Attributes:
+        is_free: whether it takes columns as they come, in the order in which they are named.
+    """
+
+    is_free: bool
 
     def expected_columns(
         self, names: Any = None, labels: Sequence[Label | None] | None = None, *, weighted: bool = False
@@ -90,6 +98,8 @@ def rows_of(
         ConfigError: arguments that do not go together.
         FeedError: columns that are missing or that the model cannot take, arrays of different lengths, no row.
     """
+    if model.is_free and not callable(data.x):
+        return free_rows_of(data, spark_context, num_slots)
     if isinstance(data.x, DataFrame):
         _refuse_arrays(data, "a DataFrame", "name its columns with label= and sample_weight=")
         return _of_dataframe(data.x, data.names, model, has_labels)
@@ -109,6 +119,54 @@ def rows_of(
         decoder, weighted = model.dataset_decoder(data.x, DatasetContext(0, num_shards), has_labels=has_labels)
         return Rows(dataset_feed(spark_context, decoder, num_shards), decoder.columns, None, weighted)
     return _of_arrays(data, model, spark_context, num_slots(), has_labels)
+
+
+def free_rows_of(data: Data, spark_context: SparkContext, num_slots: Callable[[], int]) -> Rows:
+    """The data's columns in the order in which they are named, whatever they are; see `rows_of`."""
+    if isinstance(data.x, DataFrame):
+        return _free_of_dataframe(data.x, data.names)
+    if isinstance(data.x, RDD):
+        first = data.x.take(1)
+        if not first:
+            raise FeedError("the RDD has no rows: look at what filters it")
+        values = [np.asarray(value) for value in (first[0] if isinstance(first[0], tuple | list) else first)]
+        lengths = {len(value) if value.ndim else 0 for value in values}
+        is_blocks = len(lengths) == 1 and 0 not in lengths and any(value.ndim > 1 for value in values)
+        columns = _free_columns([value if is_blocks else value[None] for value in values])
+        return Rows(rdd_feed(data.x, columns, is_blocks=is_blocks), columns, None, False)
+    given = [data.x, data.y, data.sample_weight]
+    groups = [value.values() if isinstance(value, Mapping) else value for value in given if value is not None]
+    arrays = [np.asarray(a) for group in groups for a in (group if not isinstance(group, np.ndarray) else [group])]
+    columns = _free_columns(arrays)
+    return Rows(array_feed(spark_context, arrays, columns, num_slots()), columns, None, False)
+
+
+def _free_columns(arrays: Sequence[NDArray[Any]]) -> tuple[Column, ...]:
+    return tuple(
+        Column(f"column_{index}", array.shape[1:], "float32" if array.dtype == np.float64 else array.dtype.name)
+        for index, array in enumerate(arrays)
+    )
+
+
+def _free_of_dataframe(df: DataFrame, names: Names) -> Rows:
+    groups = [names.features, names.label, names.sample_weight]
+    listed = [
+        list(group.values()) if isinstance(group, Mapping) else [group] if isinstance(group, str) else group
+        for group in groups
+        if group is not None
+    ]
+    if names.features is None:
+        raise ConfigError("features must name the columns to feed, in the order of the step's arguments; got None")
+    sources = tuple((name,) if isinstance(name, str) else tuple(name) for group in listed for name in group)
+    schema = to_arrow_schema(df.schema)
+    columns = []
+    for source in sources:
+        shape, dtype = known_shape_and_dtype(field_called(source[0], schema))
+        shape = (len(source),) if len(source) > 1 else shape
+        columns.append(Column(source[0], shape, "float32" if dtype == "float64" else dtype))
+    if any(column.shape is None for column in columns):
+        columns = list(_completed(columns, _first_row(df, columns, sources)))
+    return Rows(dataframe_feed(df, columns, sources), tuple(columns), None, False, sources)
 
 
 def _refuse_arrays(data: Data, what: str, instead: str) -> None:

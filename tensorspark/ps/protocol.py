@@ -150,11 +150,11 @@ def field(header: Mapping[str, Any], name: str, kind: type[_T]) -> _T:
     return value
 
 
-def count(header: Mapping[str, Any], name: str) -> int:
-    """A header's field that is an integer from 0 to 2**63 - 1."""
+def count(header: Mapping[str, Any], name: str, bits: int = 63) -> int:
+    """A header's field that is an integer from 0 to 2**bits - 1."""
     value = field(header, name, int)
-    if not 0 <= value < 2**63:
-        raise ProtocolError(f"expected header field {name!r} to be from 0 to 2**63 - 1, got {value}")
+    if not 0 <= value < 2**bits:
+        raise ProtocolError(f"expected header field {name!r} to be from 0 to 2**{bits} - 1, got {value}")
     return value
 
 

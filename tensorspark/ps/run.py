@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 _TICK_S = 0.25
 # So many frames of one worker are handled before the others have their turn.
 _FRAMES_A_TURN = 16
+# Of the steps or rows in one report: what is added up of them goes out as 63 bits, however many report.
+_COUNT_BITS = 40
 
 
 class Run:
@@ -221,7 +223,7 @@ class Run:
         elif frame.kind is Kind.SKIP:
             decisions = self.state.skip(number, protocol.count(header, "epoch"))
         elif frame.kind is Kind.EVALUATION:
-            epoch, num_samples = protocol.count(header, "epoch"), protocol.count(header, "num_samples")
+            epoch, num_samples = protocol.count(header, "epoch"), protocol.count(header, "num_samples", _COUNT_BITS)
             decisions = self.state.evaluate(number, epoch, frame.totals, num_samples)
         elif frame.kind is Kind.ALIVE:
             return
@@ -346,8 +348,8 @@ def _push(header: dict[str, object], totals: bytes) -> Push:
     return Push(
         sequence=protocol.count(header, "sequence"),
         cursor=Cursor(protocol.count(header, "epoch"), protocol.count(header, "batch")),
-        num_steps=protocol.count(header, "num_steps"),
-        num_samples=protocol.count(header, "num_samples"),
+        num_steps=protocol.count(header, "num_steps", _COUNT_BITS),
+        num_samples=protocol.count(header, "num_samples", _COUNT_BITS),
         version=protocol.count(header, "version"),
         sums={str(name): protocol.field(sums, name, float) for name in sums},
         progress=None if header.get("progress") is None else protocol.field(header, "progress", float),

@@ -34,6 +34,8 @@ class FedRows(Protocol):
 class KerasFit:
     """A Keras model, to be fitted."""
 
+    is_free = False
+
     def __init__(self, model: KerasDriverModel) -> None:
         self.model = model
         self._num_steps_before = 0

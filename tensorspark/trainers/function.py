@@ -128,8 +128,8 @@ class FunctionSpec:
 
     @property
     def num_totals(self) -> int:
-        """None: what `step` returns is reported as it is."""
-        return 0
+        """Sums of the scalars over rows, and the number of rows."""
+        return len(self.scalar_names) + 1
 
     @property
     def num_trainable(self) -> int:
@@ -154,6 +154,8 @@ class FunctionWorker(FlatTrainer):
         self._hold(FlatVariables(spec.layout, self._made.variables))
         self._nothing = self._flat.nothing()
         self._functions: dict[int | None, Any] = {}
+        self.num_totals = spec.num_totals
+        self._totals = np.zeros(self.num_totals)
         self._num_local_steps = 0
 
     def reset(self, partition: int, seed: int) -> None:
@@ -161,6 +163,7 @@ class FunctionWorker(FlatTrainer):
             variable.assign(value)
         tf.random.set_seed(int(np.random.SeedSequence((seed, partition)).generate_state(1)[0]))
         self._num_local_steps = 0
+        self.take_totals()
 
     def load(self, weights: Buffer) -> None:
         super().load(weights)
@@ -182,7 +185,12 @@ class FunctionWorker(FlatTrainer):
                 )
             self._num_local_steps += len(stacked[0])
             sums += by_batch.numpy() * stacked[0].shape[1]
+        self._totals += [*sums, len(columns[0])]
         return sums
+
+    def take_totals(self) -> NDArray[np.float64]:
+        totals, self._totals = self._totals, np.zeros(self.num_totals)
+        return totals
 
     def predict(self, columns: Columns, batch_size: int) -> tuple[NDArray[Any], ...]:
         if self._made.predict is None:

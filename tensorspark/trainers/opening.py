@@ -8,11 +8,11 @@ from tensorspark.errors import ConfigError
 
 if TYPE_CHECKING:
     from tensorspark.trainers.fitting import KerasFit
-    from tensorspark.trainers.function import FunctionTrainer
+    from tensorspark.trainers.function_fit import FunctionFit
     from tensorspark.trainers.graph_model import GraphModel
 
 
-def open_model(model: Any, graph: Any, config: Any, num_threads: int) -> GraphModel | KerasFit | FunctionTrainer:
+def open_model(model: Any, graph: Any, config: Any, num_threads: int) -> GraphModel | KerasFit | FunctionFit:
     """The driver's side of a TensorFlow 1 session, a compiled Keras model, a function that builds one, or a
     `FunctionTrainer`.
 
@@ -38,7 +38,9 @@ def open_model(model: Any, graph: Any, config: Any, num_threads: int) -> GraphMo
     from tensorspark.trainers.function import FunctionTrainer
 
     if isinstance(model, FunctionTrainer):
-        return model
+        from tensorspark.trainers.function_fit import FunctionFit
+
+        return FunctionFit(model)
     if not callable(model):  # Keras models are callable, as are functions that build one
         raise ConfigError(
             f"session must be a compiled keras.Model, a function that builds one, a FunctionTrainer or a "

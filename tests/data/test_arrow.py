@@ -409,9 +409,9 @@ def test_a_schema_that_cannot_be_fed_is_refused_on_both_sides(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("imag", r"the DataFrame has no column 'imag': did you mean 'image'\? It has image, Label, twice, twice\."),
+        ("imag", r"the DataFrame has no column 'imag': did you mean 'image'\?; it has image, Label, twice, twice"),
         ("label", r"no column 'label': did you mean 'Label'\?"),
-        ("zzz", r"the DataFrame has no column 'zzz' It has image, Label"),
+        ("zzz", r"the DataFrame has no column 'zzz'; it has image, Label"),
         ("twice", "expected one column 'twice' in the DataFrame, got 2: rename or drop"),
     ],
 )

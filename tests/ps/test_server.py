@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,18 @@ def test_nan_is_refused_by_the_tensors_name_and_changes_nothing(start: Start) ->
         worker.flush()
     assert cluster.weights() == {2}
     assert cluster.server.records()[1][0].num_refused == 1
+
+
+@pytest.mark.parametrize("name", ["num_steps", "num_samples"])
+def test_counts_that_would_not_fit_when_added_up_close_the_connection_and_harm_nobody(start: Start, name: str) -> None:
+    cluster = start()
+    honest, other = cluster.worker(partition=0, attempt=1), cluster.worker(partition=1, attempt=2)
+    honest.push(filled(SMALL, 1), replace(push_of(1), **{name: 2**40 - 1}))
+    honest.flush()
+    other.push(filled(SMALL, 1), replace(push_of(1), **{name: 2**40}))
+    with pytest.raises(ConnectionLostError):
+        other.flush()
+    honest.pull(SMALL.allocate())
 
 
 class Raising(WeightCombiner):
