@@ -21,6 +21,7 @@ from tensorspark.weights.combiners import WeightCombiner
 from tensorspark.worker import WorkerJob, run_partition
 
 _POLL_S = 0.1
+_BREATH_S = 0.005
 _FAILED_JOB_GRACE_S = 1.0
 _combiners_at_work: set[int] = set()  # by id, in this process
 
@@ -98,7 +99,8 @@ def _has_ended(spark_job: SparkJob, server: ParameterServer, on_epoch: OnEpoch |
     end = server.wait_epoch(_POLL_S)
     if end is not None:
         on_epoch(end)
-    return spark_job.wait(0)
+        return spark_job.wait(0)
+    return spark_job.wait(_BREATH_S)  # a run that is ending answers `wait_epoch` at once
 
 
 def require_trained(workers: tuple[WorkerReport, ...], version: int) -> None:
