@@ -26,9 +26,8 @@ from pyspark import RDD, SparkConf, SparkContext
 
 from examples import mnist_data
 from tensorspark import DeltaWeightCombiner, History, SparkSession
-from tensorspark import session as driver_session
 from tensorspark.config import Config
-from tensorspark.driver import resources
+from tensorspark.driver import engine, resources
 from tensorspark.ps.link import ServerAddress
 from tensorspark.ps.server import ParameterServer
 from tensorspark.trainers.startup import quiet
@@ -198,7 +197,7 @@ def _advertised(port: int | None) -> contextlib.AbstractContextManager[object]:
     def advertised(server: ParameterServer, config: Config) -> ServerAddress:
         return replace(resources.address_of(server, config), port=port)
 
-    return mock.patch.object(driver_session, "address_of", advertised)
+    return mock.patch.object(engine, "address_of", advertised)
 
 
 @contextlib.contextmanager
