@@ -123,6 +123,13 @@ def test_a_run_that_had_pushed_everything_is_restored_and_ends_with_the_checkpoi
     assert not np.array_equal(restored, W0)
 
 
+def test_a_checkpoint_that_no_session_wrote_is_refused(sc: SparkContext, model: Regression, interrupted: str) -> None:
+    directory = CheckpointDirectory(interrupted)
+    directory.write(replace(directory.read_newest(), plan={"batch_size": 10}))
+    with pytest.raises(CheckpointError, match="does not say its run's seed, staleness, sync_interval"):
+        SparkSession.restore(sc, interrupted, model.session)
+
+
 @pytest.mark.parametrize(("interval_s", "num_more"), [(30.0, 1), (0, 0)])
 def test_a_restored_run_takes_another_checkpoint_interval(
     sc: SparkContext, model: Regression, interrupted: str, interval_s: float, num_more: int

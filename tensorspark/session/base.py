@@ -14,11 +14,14 @@ from tensorspark.driver.arguments import (
 from tensorspark.driver.checkpoints import CheckpointDirectory
 from tensorspark.driver.engine import Engine
 from tensorspark.driver.inputs import Names
-from tensorspark.errors import SessionClosedError
+from tensorspark.errors import CheckpointError, SessionClosedError
 from tensorspark.ps.messages import Status
 from tensorspark.ps.server import ParameterServer
 
 logger = logging.getLogger(__name__)
+
+# Settings of a restored run, where they are not given.
+_TAKEN_OVER = ("batch_size", "sync_interval", "staleness")
 
 
 class Session:
@@ -104,7 +107,12 @@ class Session:
         """
         directory = CheckpointDirectory(url, user=arguments.get("user") or "")
         checkpoint = directory.read_newest()
-        planned = {name: checkpoint.plan[name] for name in ("batch_size", "sync_interval", "staleness")}
+        if missing := {*_TAKEN_OVER, "seed"} - checkpoint.plan.keys():
+            raise CheckpointError(
+                f"the checkpoint in {url} does not say its run's {', '.join(sorted(missing))}: it was written by "
+                f"something else than a SparkSession"
+            )
+        planned = {name: checkpoint.plan[name] for name in _TAKEN_OVER}
         planned["name"] = str(checkpoint.plan.get("name", ""))
         restored = cls(spark_context, session, **{**planned, **arguments, "_restored_url": url})
         try:
