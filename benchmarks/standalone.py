@@ -106,7 +106,7 @@ class StandaloneCluster:
         try:
             with urllib.request.urlopen(f"http://{_HOSTS[0]}:{self._ui_port}/json/", timeout=5) as page:
                 return int(json.load(page)["aliveworkers"])
-        except OSError:
+        except (OSError, ValueError):  # its page is there before what it is to show
             return None
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
