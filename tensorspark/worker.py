@@ -63,7 +63,8 @@ def run_partition(job: WorkerJob, partition: int, attempt: int, rows: Iterable[A
     Args:
         partition: its index in the feed.
         attempt: Spark's ``taskAttemptId``, which no other task of the application has.
-        rows: read to their end, so that Spark keeps this process and with it the trainer.
+        rows: read to their end, so that Spark keeps this process and with it the trainer; not after a stop, as that may
+            take long.
 
     Raises:
         TensorsparkError: whatever stopped the training; the server has been told.
@@ -74,7 +75,7 @@ def run_partition(job: WorkerJob, partition: int, attempt: int, rows: Iterable[A
             registration = Registration(job.run, partition, attempt, job.spec.layout.fingerprint, socket.gethostname())
             granted = client.register(registration)
             if not granted.finished:
-                _train(job, partition, rows, client, granted)
+                rows = _train(job, partition, rows, client, granted)
         except (RunStoppedError, FeedLostError, LeaseLostError):  # nothing to report: Spark tries again where it may
             raise
         except (Exception, SystemExit) as error:  # code that makes the rows may call sys.exit
@@ -84,7 +85,10 @@ def run_partition(job: WorkerJob, partition: int, attempt: int, rows: Iterable[A
         pass
 
 
-def _train(job: WorkerJob, partition: int, rows: Iterator[Any], client: ParameterClient, granted: Granted) -> None:
+def _train(
+    job: WorkerJob, partition: int, rows: Iterator[Any], client: ParameterClient, granted: Granted
+) -> Iterator[Any]:
+    """Returns the rows that are still to be read."""
     trainer = obtain(job.spec, job.content)
     trainer.reset(partition, job.seed)
     with _cache(job) as cache, _cache(job) as validation_cache:
@@ -104,14 +108,18 @@ def _train(job: WorkerJob, partition: int, rows: Iterator[Any], client: Paramete
         exchange = exchange_for(
             job.pushes, job.moving_rate, client, trainer, granted.sequence, has_epochs=job.has_epochs
         )
-        clock = _Loop(job, client, trainer, feed, exchange).run()
+        loop = _Loop(job, client, trainer, feed, exchange)
+        clock = loop.run()
         client.finish(
             epoch_samples=clock.epoch_samples[-_MAX_REPORTED_EPOCHS:],
             epoch_seconds=clock.epoch_seconds[-_MAX_REPORTED_EPOCHS:],
             step_s=clock.step_s,
             sync_s=exchange.sync_s,
         )
+        if loop.was_stopped:
+            return iter(())
         feed.drain()
+    return rows
 
 
 def _cache(job: WorkerJob) -> EpochCache:
@@ -130,6 +138,8 @@ class _Loop:
         self._feed = feed
         self._exchange = exchange
         self._clock = EpochClock()
+        self.was_stopped = False
+        """Whether the run ended in the middle of an epoch."""
 
     def run(self) -> EpochClock:
         # The first batches of an interval are at hand before the pull, so that its weights are fresh.
@@ -137,6 +147,7 @@ class _Loop:
         while stretch is not None or self._job.has_epochs:
             order = self._exchange.before()
             if order.kind is OrderKind.FINISH:
+                self.was_stopped = stretch is not None and stretch.epoch <= order.epoch
                 break
             if order.kind is OrderKind.EVALUATE:
                 self._evaluate(order)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -324,6 +326,46 @@ def test_a_callback_that_asks_to_stop_ends_the_run_with_the_weights_of_that_epoc
     assert len(history.history["loss"]) == 2
     assert history.num_samples == 2 * NUM_ROWS
     assert not spark.sparkContext.statusTracker().getActiveJobsIds()
+
+
+@pytest.mark.parametrize("staleness", [0, None])
+def test_a_stop_in_the_middle_of_an_epoch_reaches_the_workers_at_once(
+    spark: SqlSession, staleness: int | None
+) -> None:
+    """Neither is the epoch trained to its end, nor are the rows read to theirs: they would take a minute."""
+    model = classifier()
+    before = bits(model)
+
+    class Impatient(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            watch = threading.Thread(target=self.wait_for_steps, daemon=True)
+            watch.start()
+
+        def wait_for_steps(self) -> None:
+            while not marker.exists():
+                time.sleep(0.01)
+            self.model.stop_training = True
+
+    def slowly(index: int, rows: Any) -> Iterator[Any]:
+        for number, row in enumerate(rows):
+            time.sleep(0.01)
+            if number == 100:
+                marker.touch()
+            yield row
+
+    with tempfile.TemporaryDirectory() as directory:
+        marker = Path(directory, "rows are read")
+        x, y = data(12_000)
+        rows = spark.sparkContext.parallelize([(a, int(b)) for a, b in zip(x, y, strict=True)], 2)
+        began = time.monotonic()
+        history = fit(
+            spark, model, rows.mapPartitionsWithIndex(slowly), epochs=3, callbacks=[Impatient()], shuffle=False,
+            settings={"staleness": staleness},
+        )  # fmt: skip
+    assert time.monotonic() - began < 30
+    assert 0 < history.num_samples < 6_000
+    assert history.history == {}
+    assert bits(model) != before
 
 
 # What is done with it

@@ -21,7 +21,7 @@ from tensorspark.driver.preflight import require_ready
 from tensorspark.driver.progress import ProgressLine
 from tensorspark.driver.publishing import Publisher
 from tensorspark.driver.resources import Resources, address_of
-from tensorspark.driver.training import JobLabel, OnEpoch, exclusively, require_trained, run_job
+from tensorspark.driver.training import EpochDriver, JobLabel, exclusively, require_trained, run_job
 from tensorspark.errors import CheckpointError, ConfigError, SessionClosedError
 from tensorspark.history import History
 from tensorspark.ps.checkpoint import RunCheckpoint
@@ -106,14 +106,14 @@ class Engine:
         *,
         progress: bool,
         keeps_server: bool = False,
-        on_epoch: Callable[[ParameterServer], OnEpoch] | None = None,
+        epochs: EpochDriver | None = None,
         planned: Mapping[str, Any] | None = None,
     ) -> History:
         """Trains in one Spark job; the model holds the trained weights then, or, after an error, what it held before.
 
         Args:
             keeps_server: for the next run.
-            on_epoch: makes what is done at the end of each epoch, where `plan.has_epochs`.
+            epochs: what is done at the end of each epoch, where `plan.has_epochs`.
             planned: more for checkpoints to say of the run, read anew for each.
 
         Raises:
@@ -121,7 +121,7 @@ class Engine:
         """
         with exclusively(self._running, plan.combiner):
             try:
-                history = self._train(model, captured, plan, progress, on_epoch, planned or {})
+                history = self._train(model, captured, plan, progress, epochs, planned or {})
                 if not keeps_server:
                     self.stop_server()
                 return history
@@ -141,7 +141,7 @@ class Engine:
         captured: Captured,
         plan: RunPlan,
         progress: bool,
-        on_epoch: Callable[[ParameterServer], OnEpoch] | None,
+        epochs: EpochDriver | None,
         planned: Mapping[str, Any],
     ) -> History:
         layout = captured.spec.layout
@@ -154,7 +154,7 @@ class Engine:
                 group=f"tensorspark-{self._run_id}-{job.run}",
                 description=f"tensorspark {self.name}: run {job.run}, {plan.num_epochs} epoch(s)",
             )
-            run_job(plan.feed_rdd, job, server, line, label, on_epoch and on_epoch(server))
+            run_job(plan.feed_rdd, job, server, line, label, epochs)
             write_last()
         seconds = time.monotonic() - began + (resume.seconds if resume else 0.0)
         points, workers = server.records()

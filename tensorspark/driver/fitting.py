@@ -15,7 +15,6 @@ from tensorspark.driver.arguments import RunPlan, arrange, as_seed, checked_comb
 from tensorspark.driver.engine import Engine
 from tensorspark.driver.inputs import MarkedDecoder, Names
 from tensorspark.driver.rows import Data, FedModel, Rows, rows_of
-from tensorspark.driver.training import OnEpoch
 from tensorspark.errors import ConfigError, FeedError
 from tensorspark.history import History
 from tensorspark.ps.messages import EpochEnd
@@ -113,7 +112,7 @@ def fit(engine: Engine, model: FitModel, plan: FitPlan, *, num_threads: int, pro
     run_plan = _run_plan(engine, model, plan, rows, num_trained)
     epochs = _Epochs(engine, model, plan, captured)
     run_plan = replace(run_plan, values=epochs.begin())
-    history = engine.train(model, captured, run_plan, progress=progress, on_epoch=epochs.on, planned=epochs.planned)
+    history = engine.train(model, captured, run_plan, progress=progress, epochs=epochs, planned=epochs.planned)
     model.advance(history.num_steps)
     epochs.end()
     return replace(history, history=epochs.history, epoch=tuple(range(len(epochs.logs))))
@@ -199,19 +198,20 @@ class _Epochs:
         self._callbacks.begin_epoch(len(self.logs))
         return self._callbacks.values
 
-    def on(self, server: ParameterServer) -> OnEpoch:
-        """What is called at the end of each epoch."""
+    def end_epoch(self, server: ParameterServer, end: EpochEnd) -> None:
+        """See `EpochDriver.end_epoch`."""
+        self._take_weights(server)
+        if end.epoch >= len(self.logs):
+            self._log(end)
+        is_over = self.wants_stop or end.epoch + 1 >= self._plan.epochs
+        if not is_over:
+            self._callbacks.begin_epoch(end.epoch + 1)
+        server.release_epoch(end.epoch, self._callbacks.values, finish=is_over)
 
-        def on_epoch(end: EpochEnd) -> None:
-            self._take_weights(server)
-            if end.epoch >= len(self.logs):
-                self._end_epoch(end)
-            is_over = self._callbacks.wants_stop or end.epoch + 1 >= self._plan.epochs
-            if not is_over:
-                self._callbacks.begin_epoch(end.epoch + 1)
-            server.release_epoch(end.epoch, self._callbacks.values, finish=is_over)
-
-        return on_epoch
+    @property
+    def wants_stop(self) -> bool:
+        """See `EpochDriver.wants_stop`."""
+        return self._callbacks.wants_stop
 
     def end(self) -> None:
         self._callbacks.end(self.logs[-1] if self.logs else {})
@@ -221,7 +221,7 @@ class _Epochs:
         server.read_weights(weights)
         self._model.assign(self._layout, weights)
 
-    def _end_epoch(self, end: EpochEnd) -> None:
+    def _log(self, end: EpochEnd) -> None:
         logs = self._model.logs(_added(end.totals)) if end.num_samples else {}
         evaluation = None
         if self._plan.validates:

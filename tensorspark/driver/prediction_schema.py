@@ -53,7 +53,7 @@ class Appended(Protocol):
         """What they are, as announced to Spark."""
 
     def arrays(self, outputs: tuple[NDArray[Any], ...]) -> list[pa.Array]:
-        """One Arrow array for each of `fields`.
+        """One Arrow array for each of `fields`: for vectors one of arrays of doubles.
 
         Args:
             outputs: the model's, `[rows, ...]` each.
@@ -90,7 +90,7 @@ class OutputColumns:
 
     @property
     def fields(self) -> tuple[StructField, ...]:
-        return tuple(StructField(column.name, _spark_type(column), nullable=False) for column in self.outputs)
+        return tuple(StructField(column.name, _spark_type(column)) for column in self.outputs)
 
     def arrays(self, outputs: tuple[NDArray[Any], ...]) -> list[pa.Array]:
         return [_output_array(column, values) for column, values in zip(self.outputs, outputs, strict=True)]
@@ -112,18 +112,6 @@ def numbers(values: NDArray[Any]) -> pa.Array:
     for axis in range(values.ndim - 1, 0, -1):
         array = _lists(array, math.prod(values.shape[:axis]), values.shape[axis])
     return array
-
-
-def vectors(values: NDArray[Any]) -> pa.Array:
-    """`[rows, size]` numbers as an Arrow array of Spark ML's dense vectors."""
-    num_rows = len(values)
-    parts = [
-        pa.array(np.ones(num_rows, np.int8)),
-        pa.nulls(num_rows, pa.int32()),
-        pa.nulls(num_rows, pa.list_(pa.int32())),
-        numbers(values.astype(np.float64, copy=False)),
-    ]
-    return pa.StructArray.from_arrays(parts, names=["type", "size", "indices", "values"])
 
 
 def _is_scalar(column: Column) -> bool:

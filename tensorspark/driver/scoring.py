@@ -14,10 +14,11 @@ from pyspark.sql import DataFrame
 from tensorspark.data.columns import Column
 from tensorspark.data.filesystem import TRANSFER_DEADLINE_S, attempt, open_filesystem, write_then_rename
 from tensorspark.driver.engine import Engine
+from tensorspark.driver.evaluation import evaluated
 from tensorspark.driver.fitting import FitModel, Logs
-from tensorspark.driver.inference import evaluated, predicted
 from tensorspark.driver.inputs import Names, as_sources
 from tensorspark.driver.prediction_schema import OutputColumns
+from tensorspark.driver.predictions import predicted
 from tensorspark.driver.rows import Data, rows_of
 from tensorspark.errors import ConfigError, FeedError
 

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from pyspark import RDD, TaskContext
 
@@ -55,8 +55,15 @@ class JobLabel:
     description: str
 
 
-OnEpoch = Callable[[EpochEnd], None]
-"""Called with each epoch that all workers have ended; lets them go on, with `ParameterServer.release_epoch`."""
+class EpochDriver(Protocol):
+    """What the driver does with a run that has epochs."""
+
+    def end_epoch(self, server: ParameterServer, end: EpochEnd) -> None:
+        """All workers have ended an epoch: lets them go on, with `ParameterServer.release_epoch`."""
+
+    @property
+    def wants_stop(self) -> bool:
+        """Whether the run is to end now, in the middle of an epoch; asked for again and again."""
 
 
 def run_job(
@@ -65,7 +72,7 @@ def run_job(
     server: ParameterServer,
     line: ProgressLine,
     label: JobLabel,
-    on_epoch: OnEpoch | None = None,
+    epochs: EpochDriver | None = None,
 ) -> None:
     """Trains the feed's partitions in one Spark job, to its end or the first failure, showing progress.
 
@@ -76,7 +83,7 @@ def run_job(
     require_whole_partitions(tasks)
     try:
         with SparkJob(tasks.context, tasks.count, group=label.group, description=label.description) as spark_job:
-            while not _has_ended(spark_job, server, on_epoch):
+            while not _has_ended(spark_job, server, epochs):
                 line.show(server.status())
                 if server.failure() is not None:
                     spark_job.cancel()
@@ -92,14 +99,16 @@ def run_job(
     line.show(server.status(), last=True)
 
 
-def _has_ended(spark_job: SparkJob, server: ParameterServer, on_epoch: OnEpoch | None) -> bool:
+def _has_ended(spark_job: SparkJob, server: ParameterServer, epochs: EpochDriver | None) -> bool:
     """Waits for a moment, and whether the job is over then."""
-    if on_epoch is None:
+    if epochs is None:
         return spark_job.wait(_POLL_S)
     end = server.wait_epoch(_POLL_S)
     if end is not None:
-        on_epoch(end)
+        epochs.end_epoch(server, end)
         return spark_job.wait(0)
+    if epochs.wants_stop:
+        server.request_stop()
     return spark_job.wait(_BREATH_S)  # a run that is ending answers `wait_epoch` at once
 
 

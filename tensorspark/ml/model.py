@@ -10,9 +10,9 @@ from pyspark.ml import Model
 from pyspark.ml.util import MLReadable, MLWritable
 from pyspark.sql import DataFrame
 
-from tensorspark.driver.inference import predicted
 from tensorspark.driver.inputs import Names, as_sources
 from tensorspark.driver.prediction_schema import Appended
+from tensorspark.driver.predictions import predicted
 from tensorspark.errors import ConfigError
 from tensorspark.ml.outputs import ClassColumns, NumberColumns
 from tensorspark.ml.params import KerasParams

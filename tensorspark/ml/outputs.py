@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pyspark.ml.linalg import VectorUDT
 from pyspark.sql.types import ArrayType, DataType, DoubleType, StructField
 
-from tensorspark.driver.prediction_schema import numbers, vectors
+from tensorspark.driver.prediction_schema import numbers
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,13 @@ class ClassColumns:
     @property
     def fields(self) -> tuple[StructField, ...]:
         types = [(self.raw, VectorUDT()), (self.probability, VectorUDT()), (self.prediction, DoubleType())]
-        return tuple(StructField(name, data_type, nullable=False) for name, data_type in types if name)
+        return tuple(StructField(name, data_type) for name, data_type in types if name)
 
     def arrays(self, outputs: tuple[NDArray[Any], ...]) -> list[pa.Array]:
         scores = np.asarray(outputs[0], np.float64)
         raw, probability, prediction = _classified(scores.reshape(len(scores), -1), self.is_logits)
-        made = [
-            (self.raw, vectors, raw),
-            (self.probability, vectors, probability),
-            (self.prediction, numbers, prediction),
-        ]
-        return [make(values) for name, make, values in made if name]
+        made = [(self.raw, raw), (self.probability, probability), (self.prediction, prediction)]
+        return [numbers(values) for name, values in made if name]
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class NumberColumns:
         data_type: DataType = DoubleType()
         for _ in () if self._is_scalar else self.shape:
             data_type = ArrayType(data_type, containsNull=False)
-        return (StructField(self.prediction, data_type, nullable=False),) if self.prediction else ()
+        return (StructField(self.prediction, data_type),) if self.prediction else ()
 
     def arrays(self, outputs: tuple[NDArray[Any], ...]) -> list[pa.Array]:
         values = np.asarray(outputs[0], np.float64)

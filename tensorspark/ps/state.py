@@ -284,8 +284,10 @@ class RunState:
     def request_stop(self) -> list[Decision]:
         """The driver wants the run to end: every pull is answered so. What is on its way is still taken.
 
-        An open bulk-synchronous round closes: who counts still pushes, or finishes instead.
+        An open bulk-synchronous round closes: who counts still pushes, or finishes instead. Again, it changes nothing.
         """
+        if self._epochs.is_finishing:
+            return []
         self._epochs.is_stopping = True
         self._gate.hurry()
         return self._go_on()

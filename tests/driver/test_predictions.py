@@ -1,8 +1,7 @@
-"""Predictions and evaluation on Spark give what Keras gives in this process, in the columns that were announced."""
+"""Predictions on Spark are what Keras predicts in this process, in the columns that were announced."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
 from pyspark.errors import PySparkException
 from pyspark.ml.linalg import Vectors, VectorUDT
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as sql
 from pyspark.sql.types import (
     ArrayType,
     DoubleType,
@@ -25,10 +25,9 @@ from pyspark.sql.types import (
 )
 
 from tensorspark.data.columns import Column
-from tensorspark.data.decoders import BlockDecoder
-from tensorspark.driver.inference import evaluated, predicted
-from tensorspark.driver.prediction_schema import OutputColumns, numbers, vectors
-from tensorspark.errors import ConfigError, FeedError, ModelError, WorkerFailedError
+from tensorspark.driver.prediction_schema import OutputColumns, numbers
+from tensorspark.driver.predictions import predicted
+from tensorspark.errors import ConfigError, FeedError, ModelError
 from tensorspark.trainers.keras_files import for_predictions, output_columns
 from tensorspark.trainers.keras_model import as_keras_model, keras
 
@@ -84,7 +83,7 @@ def test_the_schema_is_the_announced_one_before_and_after(spark: SparkSession) -
     x, _ = _data()
     df = _frame(spark, x)
     predictions = _predicted(df, _model(), source="vector")
-    expected = [*df.schema.fields, StructField("p", ArrayType(FloatType(), containsNull=False), nullable=False)]
+    expected = [*df.schema.fields, StructField("p", ArrayType(FloatType(), containsNull=False))]
     assert predictions.schema == StructType(expected)
     arrow = predictions.toArrow().schema
     assert [(f.name, f.nullable) for f in arrow] == [(f.name, f.nullable) for f in expected]
@@ -101,6 +100,16 @@ def test_partitions_without_rows_and_batches_of_one_row_predict(spark: SparkSess
         spark.conf.unset("spark.sql.execution.arrow.maxRecordsPerBatch")
     np.testing.assert_allclose([row.p for row in rows], model.predict(x[:2], verbose=0), rtol=1e-5)
     assert _predicted(df.filter("id < 0"), model).collect() == []
+
+
+def test_wide_rows_are_predicted_in_parts(spark: SparkSession) -> None:
+    width = 2**20
+    model = keras.Sequential([keras.Input((width,)), keras.layers.Dense(2, activation="softmax")])
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    df = spark.range(0, 9, 1, 1).selectExpr("id", f"array_repeat(cast(id as float) / {width}, {width}) as x")
+    x = np.repeat(np.arange(9, dtype=np.float32)[:, None] / width, width, axis=1)
+    rows = _predicted(df, model).drop("x").collect()
+    np.testing.assert_allclose([row.p for row in rows], model.predict(x, verbose=0), rtol=1e-4)
 
 
 def test_several_outputs_of_every_rank_become_columns(spark: SparkSession) -> None:
@@ -188,74 +197,40 @@ def test_strings_reach_arrow_as_text() -> None:
     assert numbers(np.array([b"caf\xc3\xa9", "b"], object)).to_pylist() == ["café", "b"]
 
 
-def test_vectors_are_dense_ml_vectors() -> None:
-    assert vectors(np.array([[1.5, 2.0]])).to_pylist() == [
-        {"type": 1, "size": None, "indices": None, "values": [1.5, 2.0]}
-    ]
-
-
-# Evaluation
-
-
-def _blocks(sc: Any, x: np.ndarray, y: np.ndarray, bounds: list[int]) -> Any:
-    blocks = [(x[a:b], y[a:b]) for a, b in itertools.pairwise(bounds)]
-    return sc.parallelize(blocks, len(blocks))
-
-
-def test_totals_over_partitions_are_keras_metrics(sc: Any) -> None:
-    x, y = _data()
+def test_predictions_are_computed_once_however_often_they_are_used(spark: SparkSession) -> None:
+    x, _ = _data()
     model = _model()
-    driver_model = as_keras_model(model)
-    columns, structure = driver_model.expected_columns(), driver_model.structure()
-    captured = driver_model.capture(columns, structure)
-    totals, num_samples = evaluated(
-        _blocks(sc, x, y, [0, 10, 10, 31, ROWS]), BlockDecoder(columns), captured, 8, name="digits"
+    predictions = _predicted(_frame(spark, x), model)
+    likely = predictions.filter("p[0] > 0.2 and p[1] > 0").selectExpr("p[0] + p[1] as q", "p").filter("q > 0.1")
+    plan = likely._jdf.queryExecution().executedPlan().toString()
+    assert plan.count("ArrowEvalPython") == 1
+    expected = [row for row in model.predict(x, verbose=0) if row[0] > 0.2 and row[1] > 0 and row[0] + row[1] > 0.1]
+    np.testing.assert_allclose([row.p for row in likely.collect()], expected, rtol=1e-5)
+
+
+def test_predictions_that_nobody_uses_are_not_computed(spark: SparkSession) -> None:
+    x, _ = _data()
+    predictions = _predicted(_frame(spark, x), _model()).select("id")
+    assert "ArrowEvalPython" not in predictions._jdf.queryExecution().executedPlan().toString()
+    assert predictions.count() == ROWS
+
+
+def test_other_columns_may_be_of_types_that_arrow_cannot_carry(spark: SparkSession) -> None:
+    x, _ = _data()
+    model = _model()
+    df = _frame(spark, x).withColumn("odd.`name`", sql.expr("make_ym_interval(1, id)"))
+    predictions = _predicted(df, model)
+    assert predictions.columns == [*df.columns, "p"]
+    np.testing.assert_allclose(
+        [row.p for row in predictions.select("p").collect()], model.predict(x, verbose=0), rtol=1e-5
     )
-    expected = model.evaluate(x, y, verbose=0, return_dict=True)
-    assert num_samples == ROWS
-    assert driver_model.logs(totals) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ConfigError, match="column 'id' cannot go through Arrow"):
+        _predicted(df.withColumn("id", sql.expr("make_ym_interval(1, id)")), model, source="id")
 
 
-def test_an_evaluation_after_other_weights_uses_its_own(sc: Any) -> None:
-    x, y = _data()
+@pytest.mark.parametrize("name", ["x.y", "a `b`", "sum(x)"])
+def test_columns_of_any_name_are_read(spark: SparkSession, name: str) -> None:
+    x, _ = _data()
     model = _model()
-    driver_model = as_keras_model(model)
-    columns, structure = driver_model.expected_columns(), driver_model.structure()
-    rdd = _blocks(sc, x, y, [0, 20, ROWS])
-    evaluated(rdd, BlockDecoder(columns), driver_model.capture(columns, structure), 8)
-    model.set_weights([weight * -2.0 for weight in model.get_weights()])
-    totals, _ = evaluated(rdd, BlockDecoder(columns), driver_model.capture(columns, structure), 8)
-    assert driver_model.logs(totals)["loss"] == pytest.approx(model.evaluate(x, y, verbose=0)[0], rel=1e-5)
-
-
-def test_nothing_to_evaluate_gives_no_totals(sc: Any) -> None:
-    driver_model = as_keras_model(_model())
-    columns = driver_model.expected_columns()
-    captured = driver_model.capture(columns, driver_model.structure())
-    totals, num_samples = evaluated(sc.parallelize([], 2), BlockDecoder(columns), captured, 8)
-    assert (totals.tolist(), num_samples) == ([], 0)
-
-
-def test_a_row_that_fails_names_partition_and_host(sc: Any) -> None:
-    x, y = _data()
-    y[35] = 3
-    driver_model = as_keras_model(_model())
-    columns = driver_model.expected_columns()
-    captured = driver_model.capture(columns, driver_model.structure())
-    expected = r"partition 2 on .* failed: FeedError: .* is 3, but .* 3 classes"
-    with pytest.raises(WorkerFailedError, match=expected) as info:
-        evaluated(_blocks(sc, x, y, [0, 10, 31, ROWS]), BlockDecoder(columns), captured, 8)
-    assert info.value.partition == 2
-    assert "Traceback" in info.value.worker_traceback
-
-
-def test_rows_that_cannot_be_made_fail_the_evaluation(sc: Any) -> None:
-    def broken(index: int) -> Any:
-        raise RuntimeError(f"no data behind {index}")
-
-    driver_model = as_keras_model(_model())
-    columns = driver_model.expected_columns()
-    captured = driver_model.capture(columns, driver_model.structure())
-    rdd = sc.parallelize([7], 1).map(broken)
-    with pytest.raises(WorkerFailedError, match="no data behind 7"):
-        evaluated(rdd, BlockDecoder(columns), captured, 8)
+    predictions = _predicted(_frame(spark, x).withColumnRenamed("x", name), model, source=name)
+    np.testing.assert_allclose([row.p for row in predictions.collect()], model.predict(x, verbose=0), rtol=1e-5)
