@@ -17,7 +17,7 @@ from tensorspark.weights.layout import Buffer, WeightLayout
 
 
 class EpochClock:
-    """How long steps and epochs took; an epoch begins with its first batch at hand."""
+    """How long steps took, and epochs: each from the end of the one before, so with reading and waiting."""
 
     def __init__(self) -> None:
         self.epoch_samples: list[int] = []

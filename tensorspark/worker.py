@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tensorspark.data.decoders import Decoder
-from tensorspark.data.feed import Feed, PartitionFeed, Stretch
+from tensorspark.data.feed import PartitionFeed, Stretch
 from tensorspark.data.spill import EpochCache
 from tensorspark.errors import FeedLostError, LeaseLostError, RunStoppedError
 from tensorspark.exchange import EpochClock, Exchange, Steps, exchange_for
@@ -130,7 +130,7 @@ class _Loop:
     """A partition's intervals, as the server orders them."""
 
     def __init__(
-        self, job: WorkerJob, client: ParameterClient, trainer: Trainer, feed: Feed, exchange: Exchange
+        self, job: WorkerJob, client: ParameterClient, trainer: Trainer, feed: PartitionFeed, exchange: Exchange
     ) -> None:
         self._job = job
         self._client = client

@@ -18,7 +18,7 @@ from pyspark.ml.linalg import Vectors
 from pyspark.sql import DataFrame
 from pyspark.sql import SparkSession as SqlSession
 
-from tensorspark import DeltaWeightCombiner, FunctionTrainer, ServerAdam, SparkSession
+from tensorspark import DeltaWeightCombiner, FunctionTrainer, MeanDeltaCombiner, ServerAdam, SparkSession
 from tensorspark.errors import CheckpointError, ConfigError, FeedError, ModelError, WorkerFailedError
 from tensorspark.trainers.startup import quiet
 
@@ -90,16 +90,38 @@ def test_a_dataframe_is_learned_and_what_is_reported_is_what_keras_reports(
     assert history.num_samples == 4 * NUM_ROWS
 
 
-def test_bulk_synchronous_steps_of_two_workers_are_single_process_sgd_on_the_joined_batches(spark: SqlSession) -> None:
+@pytest.mark.parametrize("schedule", [False, True])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_bulk_synchronous_steps_of_two_workers_are_single_process_sgd_on_the_joined_batches(
+    spark: SqlSession, scale: int, schedule: bool
+) -> None:
+    """With the learning rate as it is, or multiplied by the number of workers."""
     x, y = data()
-    model, single = classifier(), classifier()
-    fit(spark, model, frame(spark, x, y), features="x", label="y", shuffle=False, settings={"sync_interval": 1})
+    rate = keras.optimizers.schedules.PiecewiseConstantDecay([10_000], [0.3, 0.1]) if schedule else 0.3
+    model, single = classifier(keras.optimizers.SGD(rate)), classifier(keras.optimizers.SGD(0.3 * scale))
+    fit(
+        spark, model, frame(spark, x, y), features="x", label="y", shuffle=False, scale_learning_rate=scale == 2,
+        settings={"sync_interval": 1},
+    )  # fmt: skip
     half = NUM_ROWS // 2
     for start in range(0, half, 10):
         rows = [*range(start, start + 10), *range(half + start, half + start + 10)]
         single.train_on_batch(x[rows], y[rows])
     for ours, theirs in zip(model.get_weights(), single.get_weights(), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    if not schedule:
+        assert float(model.optimizer.learning_rate.numpy()) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("combiner", "expected"), [(None, True), (MeanDeltaCombiner(), True), (DeltaWeightCombiner(), False)]
+)
+def test_who_takes_the_mean_is_told_of_the_scaled_learning_rate(
+    spark: SqlSession, capfd: pytest.CaptureFixture[str], combiner: Any, expected: bool
+) -> None:
+    x, y = data(40)
+    fit(spark, classifier(), frame(spark, x, y), features="x", label="y", weight_combiner=combiner, progress=True)
+    assert ("2 workers, learning rate times 2" in capfd.readouterr().err) == expected
 
 
 def test_bulk_synchronous_fits_are_equal_to_the_last_bit_also_when_a_worker_dies(
@@ -140,6 +162,15 @@ def test_metrics_are_those_over_all_rows_though_partitions_differ_in_size(spark:
     for name in ("loss", "auc"):  # the learning rate is 0: training saw the same weights
         assert history.history[name][0] == pytest.approx(expected[name], rel=1e-5)
         assert history.history[f"val_{name}"][0] == pytest.approx(expected[name], rel=1e-5)
+
+
+def test_held_out_labels_of_another_dtype_become_what_the_training_rows_are(spark: SqlSession) -> None:
+    x, y = data(40)
+    model = classifier()
+    held_out = (x, y.astype(np.int32))
+    history = fit(spark, model, frame(spark, x, y), features="x", label="y", validation_data=held_out)
+    expected = model.evaluate(x, y, verbose=0, return_dict=True)
+    assert {name: history.history[f"val_{name}"][0] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
 # What may be fed
@@ -328,10 +359,25 @@ def test_a_callback_that_asks_to_stop_ends_the_run_with_the_weights_of_that_epoc
     assert not spark.sparkContext.statusTracker().getActiveJobsIds()
 
 
+def test_a_stop_before_the_first_step_is_no_error(spark: SqlSession) -> None:
+    class Unwilling(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_train_begin(self, logs: Any = None) -> None:
+            self.model.stop_training = True
+
+    def late(rows: Any) -> Iterator[Any]:
+        time.sleep(1.0)
+        yield from rows
+
+    x, y = data()
+    model = classifier()
+    rows = spark.sparkContext.parallelize([(a, int(b)) for a, b in zip(x, y, strict=True)], 2).mapPartitions(late)
+    history = fit(spark, model, rows, epochs=3, callbacks=[Unwilling()])
+    assert (history.num_steps, history.history, history.epoch) == (0, {}, ())
+    assert bits(model) == bits(classifier())
+
+
 @pytest.mark.parametrize("staleness", [0, None])
-def test_a_stop_in_the_middle_of_an_epoch_reaches_the_workers_at_once(
-    spark: SqlSession, staleness: int | None
-) -> None:
+def test_a_stop_in_the_middle_of_an_epoch_reaches_the_workers_at_once(spark: SqlSession, staleness: int | None) -> None:
     """Neither is the epoch trained to its end, nor are the rows read to theirs: they would take a minute."""
     model = classifier()
     before = bits(model)
@@ -420,6 +466,8 @@ def test_an_interrupted_fit_is_restored_and_ends_with_the_bits_and_history_of_an
     with pytest.raises(CheckpointError, match="of another model"):
         SparkSession.restore(spark, str(session.checkpoint_dir), other)
     with SparkSession.restore(spark, str(session.checkpoint_dir), restored) as again:
+        with pytest.raises(ConfigError, match=r"validation_split must be 0\.2 as in the checkpoint .* got 0\.25"):
+            again.fit(df, progress=False, seed=3, **{**options, "validation_split": 0.25})
         history = again.fit(df, progress=False, seed=3, **options)
     assert bits(restored) == bits(undisturbed)
     assert history.history == expected.history
@@ -450,6 +498,10 @@ def test_a_model_that_is_not_compiled_is_refused(spark: SqlSession) -> None:
         ({}, {"features": "d"}, FeedError, "cast"),
         ({}, {"validation_split": 1.0}, ConfigError, "validation_split must be a number from 0 to below 1"),
         ({}, {"epochs": 0}, ConfigError, "epochs must be an integer of at least 1"),
+        (
+            {}, {"validation_data": (np.ones((4, 6)), np.ones(4))}, FeedError,
+            "validation_data: .* is float32, which does not convert without loss to the training rows' int64: cast it",
+        ),
         ({}, {"callbacks": [print]}, ModelError, "callbacks must be keras.callbacks.Callback"),
         ({}, {"weight_combiner": "mean"}, ConfigError, "weight_combiner must be a WeightCombiner"),
     ],

@@ -10,17 +10,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorspark.data.columns import VALIDATION_MARKER, Columns, num_bytes, permutation
+from tensorspark.data.columns import Columns, num_bytes, permutation
 from tensorspark.data.decoders import Decoder
 from tensorspark.data.spill import EpochCache
 from tensorspark.errors import FeedError
-
-__all__ = ["VALIDATION_MARKER", "Feed", "PartitionFeed", "Stretch"]
 
 MAX_STRETCH_BYTES = 2**25
 
@@ -48,23 +46,6 @@ class Stretch:
     @property
     def num_rows(self) -> int:
         return len(self.columns[0])
-
-
-class Feed(Protocol):
-    """What a worker trains and evaluates on."""
-
-    def seek(self, epoch: int, batch: int) -> None:
-        """Begins at batch `batch` of epoch `epoch`, both from 0. To be called before all else."""
-
-    def take(self, max_batches: int) -> Stretch | None:
-        """The next batches, as many as there are up to `max_batches`, an epoch's end and a limit in bytes (which a
-        single batch may exceed). None after the last epoch, or where there are no rows."""
-
-    def validation(self) -> Iterator[Columns]:
-        """The held-out rows in blocks, once an epoch, when the first has been taken."""
-
-    def drain(self) -> None:
-        """Reads what is left of the rows and forgets it."""
 
 
 class PartitionFeed:
@@ -136,11 +117,14 @@ class PartitionFeed:
         self._waiting = _Waiting()
 
     def seek(self, epoch: int, batch: int) -> None:
+        """Begins at batch `batch` of epoch `epoch`, both from 0. To be called before all else."""
         if self._reader is not None:
             raise ValueError("seek comes before the first take")
         self._epoch, self._batch = epoch, batch
 
     def take(self, max_batches: int) -> Stretch | None:
+        """The next batches, as many as there are up to `max_batches`, an epoch's end and a limit in bytes (which a
+        single batch may exceed). None after the last epoch, or where there are no rows."""
         if max_batches < 1:
             raise ValueError(f"max_batches must be 1 or more, got {max_batches}")
         reader = self._begin()
@@ -157,6 +141,7 @@ class PartitionFeed:
         return None
 
     def validation(self) -> Iterator[Columns]:
+        """The held-out rows in blocks, once an epoch, when the first has been taken."""
         reader = self._begin()
         if self._is_streaming and self._fill(1):
             raise ValueError("validation comes after the first epoch")
@@ -169,6 +154,7 @@ class PartitionFeed:
             yield held_out.rows(slice(start, start + num_rows))
 
     def drain(self) -> None:
+        """Reads what is left of the rows and forgets it."""
         for _ in self._rows:
             pass
 

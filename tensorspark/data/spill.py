@@ -101,10 +101,6 @@ class EpochCache:
             return tuple(column[selection] for column in self._columns)
         return tuple(column.take(selection, axis=0) for column in self._columns)
 
-    def columns(self) -> Columns:
-        """All rows; see `rows`."""
-        return self.rows(slice(None))
-
     def close(self) -> None:
         """Lets go of rows and files; columns given out stay valid."""
         self._blocks = []

@@ -32,6 +32,7 @@ class RunPlan:
         validates: whether they evaluate held-out rows there.
         validation_split: part of the feed that is held out.
         values: what workers are told in the first epoch, such as a learning rate.
+        notes: lines to be shown when it begins.
     """
 
     feed_rdd: RDD[Any]
@@ -47,6 +48,7 @@ class RunPlan:
     validates: bool = False
     validation_split: float = 0.0
     values: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

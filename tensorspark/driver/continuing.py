@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def planned_values(plan: RunPlan, config: Config) -> dict[str, Plain]:
-    """What a checkpoint says of its run: the first four must stay the same, as cursors count batches of them."""
+    """What a checkpoint says of its run; `_MUST_STAY` names what of it stays the same."""
     return {
         "batch_size": plan.batch_size,
         "num_epochs": plan.num_epochs,
@@ -27,10 +27,12 @@ def planned_values(plan: RunPlan, config: Config) -> dict[str, Plain]:
         "seed": plan.seed,
         "sync_interval": config.sync_interval,
         "staleness": config.staleness,
+        "validation_split": plan.validation_split,
     }
 
 
-_MUST_STAY = ("batch_size", "num_epochs", "shuffle_within_partition", "seed")
+# Cursors count batches of what these make of the rows.
+_MUST_STAY = ("batch_size", "num_epochs", "shuffle_within_partition", "seed", "validation_split")
 
 
 def continued(checkpoint: RunCheckpoint, plan: RunPlan, config: Config, layout: WeightLayout) -> RunCheckpoint:

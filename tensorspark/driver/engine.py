@@ -109,7 +109,8 @@ class Engine:
         epochs: EpochDriver | None = None,
         planned: Mapping[str, Any] | None = None,
     ) -> History:
-        """Trains in one Spark job; the model holds the trained weights then, or, after an error, what it held before.
+        """Trains in one Spark job; the model holds the trained weights then, or, after an error, what it held before
+        or was given at the end of an epoch.
 
         Args:
             keeps_server: for the next run.
@@ -149,6 +150,8 @@ class Engine:
         server, job = self._begin(captured, plan, resume)
         began = time.monotonic()
         line = ProgressLine(self.name, progress)
+        for note in plan.notes:
+            line.note(note)
         with self._checkpoints(server, plan, planned, line) as write_last:
             label = JobLabel(
                 group=f"tensorspark-{self._run_id}-{job.run}",
@@ -159,7 +162,8 @@ class Engine:
         seconds = time.monotonic() - began + (resume.seconds if resume else 0.0)
         points, workers = server.records()
         weights = layout.allocate()
-        require_trained(workers, server.read_weights(weights))
+        was_stopped = epochs is not None and epochs.wants_stop
+        require_trained(workers, server.read_weights(weights), was_stopped=was_stopped)
         model.assign(layout, weights)
         self.restored = None
         return History(

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tensorspark.data.labels import CheckedDecoder
 from tensorspark.driver.arguments import RunPlan, arrange, as_seed, checked_combiner, checked_count
 from tensorspark.driver.engine import Engine
 from tensorspark.driver.inputs import MarkedDecoder, Names
-from tensorspark.driver.rows import Data, FedModel, Rows, rows_of
+from tensorspark.driver.rows import Data, FedModel, Rows, decoder_alike, rows_of
 from tensorspark.errors import ConfigError, FeedError
 from tensorspark.history import History
 from tensorspark.ps.messages import EpochEnd
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Logs = dict[str, Any]
+
+_MAX_LEARNING_RATE_SCALE = 8.0
+"""More workers than this were not measured, and larger steps want a warm-up (Goyal et al. 2017, section 2.2)."""
 
 
 class Callbacks(Protocol):
@@ -45,7 +49,13 @@ class Callbacks(Protocol):
 
 
 class FitModel(FedModel, Protocol):
-    """What `fit` needs of a model on the driver."""
+    """What `fit` needs of a model on the driver.
+
+    Attributes:
+        has_optimizer: whose learning rate `fit` may set.
+    """
+
+    has_optimizer: bool
 
     def assign(self, layout: Any, weights: Any) -> None: ...
     def difference(self, layout: Any) -> str: ...
@@ -55,6 +65,7 @@ class FitModel(FedModel, Protocol):
     ) -> tuple[Captured, int | None]: ...
     def callbacks(self, callbacks: Sequence[Any], num_epochs: int) -> Callbacks: ...
     def advance(self, num_steps: int) -> None: ...
+    def resume(self, values: Mapping[str, float]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,7 @@ class FitPlan:
     seed: int | None
     combiner: WeightCombiner | None
     average_optimizer_state: bool
+    scale_learning_rate: bool
     nan_is_error: bool
 
     def __post_init__(self) -> None:
@@ -83,6 +95,12 @@ class FitPlan:
             raise ConfigError(f"validation_split must be a number from 0 to below 1, got {split!r}")
         if split and self.validation_data is not None:
             raise ConfigError("validation_split and validation_data are both given: hold out rows by one of them")
+
+    @property
+    def max_learning_rate_scale(self) -> float:
+        """What a learning rate is multiplied by at most: 1 where the rule takes no mean, but adds up, say."""
+        takes_mean = self.combiner is None or isinstance(self.combiner, MeanDeltaCombiner)
+        return _MAX_LEARNING_RATE_SCALE if self.scale_learning_rate and takes_mean else 1.0
 
     @property
     def validates(self) -> bool:
@@ -110,8 +128,9 @@ def fit(engine: Engine, model: FitModel, plan: FitPlan, *, num_threads: int, pro
         num_threads=num_threads,
     )
     run_plan = _run_plan(engine, model, plan, rows, num_trained)
+    run_plan = replace(run_plan, decoder=CheckedDecoder(run_plan.decoder, captured.labels))
     epochs = _Epochs(engine, model, plan, captured)
-    run_plan = replace(run_plan, values=epochs.begin())
+    run_plan = replace(run_plan, values=epochs.begin(), notes=_notes(epochs, run_plan.num_first))
     history = engine.train(model, captured, run_plan, progress=progress, epochs=epochs, planned=epochs.planned)
     model.advance(history.num_steps)
     epochs.end()
@@ -127,7 +146,7 @@ def _run_plan(engine: Engine, model: FitModel, plan: FitPlan, rows: Rows, num_tr
                 f"validation_data has {len(held_out.columns)} columns ({_names(held_out)}), the training rows "
                 f"{len(rows.columns)} ({_names(rows)}): give both a sample weight, or neither"
             )
-        validation_rdd, decoder = held_out.feed.rdd, MarkedDecoder(decoder, held_out.feed.decoder)
+        validation_rdd, decoder = held_out.feed.rdd, MarkedDecoder(decoder, decoder_alike(held_out, rows.columns))
     restored = engine.restored
     arranged = arrange(rows.feed.rdd, engine.num_slots, at_once=True, restored=restored, validation_rdd=validation_rdd)
     _warn_of_idle_slots(engine, arranged.num_partitions)
@@ -162,6 +181,13 @@ def _warn_of_idle_slots(engine: Engine, num_partitions: int) -> None:
         )
 
 
+def _notes(epochs: _Epochs, num_workers: int) -> tuple[str, ...]:
+    scale = min(epochs.max_scale, num_workers)
+    if scale <= 1:
+        return ()
+    return (f"{num_workers} workers, learning rate times {scale:g} (scale_learning_rate=False leaves it as it is)",)
+
+
 def _combiner(given: WeightCombiner | None, num_workers: int, num_trained: int | None) -> WeightCombiner:
     """The mean of deltas by default, in all modes; with any rule, state that is not trained is averaged."""
     if given is None:
@@ -179,6 +205,8 @@ class _Epochs:
         self._model = model
         self._plan = plan
         self._layout = captured.spec.layout
+        if engine.restored is not None and engine.restored.epochs is not None:
+            model.resume(engine.restored.epochs.values)
         self._callbacks = model.callbacks(plan.callbacks, plan.epochs)
         self.logs: list[Logs] = []
         # Read for checkpoints, on another thread: replaced whole.
@@ -196,7 +224,7 @@ class _Epochs:
         """Returns what workers are told in the first epoch."""
         self._callbacks.begin()
         self._callbacks.begin_epoch(len(self.logs))
-        return self._callbacks.values
+        return self._values
 
     def end_epoch(self, server: ParameterServer, end: EpochEnd) -> None:
         """See `EpochDriver.end_epoch`."""
@@ -206,7 +234,7 @@ class _Epochs:
         is_over = self.wants_stop or end.epoch + 1 >= self._plan.epochs
         if not is_over:
             self._callbacks.begin_epoch(end.epoch + 1)
-        server.release_epoch(end.epoch, self._callbacks.values, finish=is_over)
+        server.release_epoch(end.epoch, self._values, finish=is_over)
 
     @property
     def wants_stop(self) -> bool:
@@ -215,6 +243,15 @@ class _Epochs:
 
     def end(self) -> None:
         self._callbacks.end(self.logs[-1] if self.logs else {})
+
+    @property
+    def max_scale(self) -> float:
+        """What workers multiply a learning rate by at most."""
+        return self._plan.max_learning_rate_scale if self._model.has_optimizer else 1.0
+
+    @property
+    def _values(self) -> dict[str, float]:
+        return self._callbacks.values | {"max_learning_rate_scale": self.max_scale}
 
     def _take_weights(self, server: ParameterServer) -> None:
         weights = self._layout.allocate()

@@ -63,7 +63,10 @@ class MarkedDecoder:
     def blocks(self, rows: Iterator[Any], partition: int) -> Iterator[Columns | None]:
         yield from self.before.blocks(itertools.takewhile(lambda row: not is_marker(row), rows), partition)
         yield None
-        yield from self.after.blocks(rows, partition)
+        try:
+            yield from self.after.blocks(rows, partition)
+        except FeedError as error:
+            raise FeedError(f"validation_data: {error}") from error
 
 
 def as_sources(names: Names, inputs: Sequence[str], outputs: Sequence[str]) -> tuple[Source, ...]:

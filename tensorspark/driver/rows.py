@@ -15,7 +15,7 @@ from pyspark.sql.pandas.types import to_arrow_schema
 
 from tensorspark.data.arrow import Source, known_shape_and_dtype
 from tensorspark.data.arrow_schema import field_called
-from tensorspark.data.columns import Column
+from tensorspark.data.columns import Column, is_convertible
 from tensorspark.data.decoders import Decoder
 from tensorspark.driver.inputs import (
     DatasetContext,
@@ -75,24 +75,19 @@ class Rows:
     Attributes:
         input_names: for a model that does not say itself what it takes.
         weighted: whether the last column is the rows' weights.
-        sources: a DataFrame's columns for each of `columns`.
     """
 
     feed: Feed
     columns: tuple[Column, ...]
     input_names: Any
     weighted: bool
-    sources: tuple[Source, ...] = ()
 
 
-def rows_of(
-    data: Data, model: FedModel, spark_context: SparkContext, num_slots: Callable[[], int], *, has_labels: bool = True
-) -> Rows:
+def rows_of(data: Data, model: FedModel, spark_context: SparkContext, num_slots: Callable[[], int]) -> Rows:
     """Resolves `data` for `model`.
 
     Args:
         num_slots: into how many partitions arrays are cut, and for how many workers datasets are made.
-        has_labels: whether labels are fed too.
 
     Raises:
         ConfigError: arguments that do not go together.
@@ -102,7 +97,7 @@ def rows_of(
         return free_rows_of(data, spark_context, num_slots)
     if isinstance(data.x, DataFrame):
         _refuse_arrays(data, "a DataFrame", "name its columns with label= and sample_weight=")
-        return _of_dataframe(data.x, data.names, model, has_labels)
+        return _of_dataframe(data.x, data.names, model)
     if type(data.x).__module__.startswith("pandas."):
         raise ConfigError("expected a Spark DataFrame, got one of pandas: pass spark.createDataFrame(it)")
     if data.names != Names():
@@ -112,13 +107,37 @@ def rows_of(
         )
     if isinstance(data.x, RDD):
         _refuse_arrays(data, "an RDD", "put labels and weights into its rows")
-        return _of_rdd(data.x, model, has_labels)
+        return _of_rdd(data.x, model)
     if callable(data.x):
         _refuse_arrays(data, "a dataset_fn", "have the dataset yield (x, y, sample_weight)")
         num_shards = num_slots()
-        decoder, weighted = model.dataset_decoder(data.x, DatasetContext(0, num_shards), has_labels=has_labels)
+        decoder, weighted = model.dataset_decoder(data.x, DatasetContext(0, num_shards), has_labels=True)
         return Rows(dataset_feed(spark_context, decoder, num_shards), decoder.columns, None, weighted)
-    return _of_arrays(data, model, spark_context, num_slots(), has_labels)
+    return _of_arrays(data, model, spark_context, num_slots())
+
+
+def decoder_alike(held_out: Rows, columns: Sequence[Column]) -> Decoder:
+    """The decoder of held-out rows, made to give them the training rows' dtypes and shapes: workers evaluate with the
+    model that they train.
+
+    Args:
+        columns: the training rows', as many as the held-out ones'.
+
+    Raises:
+        FeedError: values that do not convert to these dtypes.
+    """
+    for have, want in zip(held_out.columns, columns, strict=True):
+        if not is_convertible(np.dtype(have.dtype), np.dtype(want.dtype)):
+            raise FeedError(
+                f"validation_data: {have.name} is {have.dtype}, which does not convert without loss to the training "
+                f"rows' {want.dtype}: cast it"
+            )
+    alike = [
+        replace(have, shape=want.shape, dtype=want.dtype) for have, want in zip(held_out.columns, columns, strict=True)
+    ]
+    decoder: Any = held_out.feed.decoder  # each kind is a dataclass with columns
+    alike_decoder: Decoder = replace(decoder, columns=tuple(alike))
+    return alike_decoder
 
 
 def free_rows_of(data: Data, spark_context: SparkContext, num_slots: Callable[[], int]) -> Rows:
@@ -166,7 +185,7 @@ def _free_of_dataframe(df: DataFrame, names: Names) -> Rows:
         columns.append(Column(source[0], shape, "float32" if dtype == "float64" else dtype))
     if any(column.shape is None for column in columns):
         columns = list(_completed(columns, _first_row(df, columns, sources)))
-    return Rows(dataframe_feed(df, columns, sources), tuple(columns), None, False, sources)
+    return Rows(dataframe_feed(df, columns, sources), tuple(columns), None, False)
 
 
 def _refuse_arrays(data: Data, what: str, instead: str) -> None:
@@ -174,12 +193,11 @@ def _refuse_arrays(data: Data, what: str, instead: str) -> None:
         raise ConfigError(f"y and sample_weight arrays go with arrays, got them with {what}: {instead}")
 
 
-def _of_dataframe(df: DataFrame, names: Names, model: FedModel, has_labels: bool) -> Rows:
+def _of_dataframe(df: DataFrame, names: Names, model: FedModel) -> Rows:
     given = {name: name for name in names.features} if isinstance(names.features, Mapping) else None
     inputs = [column.name for column in model.expected_columns(given, [])]
-    outputs = [column.name for column in model.expected_columns(given)[len(inputs) :]] if has_labels else []
-    weighted = names.sample_weight is not None and has_labels
-    names = names if has_labels else replace(names, label=None, sample_weight=None)
+    outputs = [column.name for column in model.expected_columns(given)[len(inputs) :]]
+    weighted = names.sample_weight is not None
     if names.features is None and not set(inputs) <= set(df.columns):
         raise ConfigError(
             f"features must name the column that is fed, as the DataFrame has none called as the model's inputs are "
@@ -191,7 +209,7 @@ def _of_dataframe(df: DataFrame, names: Names, model: FedModel, has_labels: bool
     columns = tuple(replace(c, name=s[0]) if len(s) == 1 else c for c, s in zip(columns, sources, strict=True))
     if any(column.shape is None for column in columns):
         columns = _completed(columns, _first_row(df, columns, sources))
-    return Rows(dataframe_feed(df, columns, sources), columns, given, weighted, sources)
+    return Rows(dataframe_feed(df, columns, sources), columns, given, weighted)
 
 
 def _first_row(df: DataFrame, columns: Sequence[Column], sources: Sequence[Source]) -> tuple[NDArray[Any], ...]:
@@ -210,15 +228,15 @@ def _completed(columns: Sequence[Column], sample: Sequence[NDArray[Any]]) -> tup
     )
 
 
-def _of_rdd(rdd: RDD[Any], model: FedModel, has_labels: bool) -> Rows:
+def _of_rdd(rdd: RDD[Any], model: FedModel) -> Rows:
     first = rdd.take(1)
     if not first:
         raise FeedError("the RDD has no rows: look at what filters it")
     num_inputs = len(model.expected_columns(None, []))
-    num_outputs = len(model.expected_columns()) - num_inputs if has_labels else 0
+    num_outputs = len(model.expected_columns()) - num_inputs
     values = list(first[0]) if isinstance(first[0], tuple | list) and num_inputs + num_outputs > 1 else [first[0]]
     num_expected = num_inputs + num_outputs
-    if len(values) not in (num_expected, num_expected + has_labels):
+    if len(values) not in (num_expected, num_expected + 1):
         raise FeedError(
             f"expected rows of {num_expected} values ({num_inputs} inputs and {num_outputs} labels), or one more for "
             f"the sample's weight; got {len(values)} in the first"
@@ -239,16 +257,14 @@ def _label(value: Any, is_blocks: bool) -> Label:
     return shape, "float32" if array.dtype == np.float64 else array.dtype.name
 
 
-def _of_arrays(data: Data, model: FedModel, spark_context: SparkContext, num_partitions: int, has_labels: bool) -> Rows:
+def _of_arrays(data: Data, model: FedModel, spark_context: SparkContext, num_partitions: int) -> Rows:
     given = {name: name for name in data.x} if isinstance(data.x, Mapping) else None
     inputs = model.expected_columns(given, [])
     x = _arrays("x", data.x, [column.name for column in inputs])
-    y: list[NDArray[Any]] = []
-    if has_labels:
-        outputs = model.expected_columns(given)[len(inputs) :]
-        if data.y is None and outputs:
-            raise ConfigError("expected y, the labels of the arrays in x, got None")
-        y = _arrays("y", data.y, [column.name for column in outputs])
+    outputs = model.expected_columns(given)[len(inputs) :]
+    if data.y is None and outputs:
+        raise ConfigError("expected y, the labels of the arrays in x, got None")
+    y = _arrays("y", data.y, [column.name for column in outputs])
     weights = [np.asarray(data.sample_weight, np.float32)] if data.sample_weight is not None else []
     arrays = [*x, *y, *weights]
     columns = model.expected_columns(given, [_label(array, True) for array in y], weighted=bool(weights))

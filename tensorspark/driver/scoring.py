@@ -13,6 +13,7 @@ from pyspark.sql import DataFrame
 
 from tensorspark.data.columns import Column
 from tensorspark.data.filesystem import TRANSFER_DEADLINE_S, attempt, open_filesystem, write_then_rename
+from tensorspark.data.labels import CheckedDecoder
 from tensorspark.driver.engine import Engine
 from tensorspark.driver.evaluation import evaluated
 from tensorspark.driver.fitting import FitModel, Logs
@@ -40,7 +41,8 @@ def evaluate(engine: Engine, model: FitModel, data: Data, *, batch_size: int, nu
     """See `SparkSession.evaluate`."""
     rows = rows_of(data, model, engine.spark_context, lambda: engine.num_slots(1))
     captured, _ = model.captured(rows, average_optimizer_state=False, nan_is_error=True, num_threads=num_threads)
-    totals, num_samples = evaluated(rows.feed.rdd, rows.feed.decoder, captured, batch_size, name=engine.name)
+    decoder = CheckedDecoder(rows.feed.decoder, captured.labels)
+    totals, num_samples = evaluated(rows.feed.rdd, decoder, captured, batch_size, name=engine.name)
     if not num_samples:
         raise FeedError("there are no rows to evaluate: look at what filters them")
     return model.logs(totals)

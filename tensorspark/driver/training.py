@@ -112,11 +112,12 @@ def _has_ended(spark_job: SparkJob, server: ParameterServer, epochs: EpochDriver
     return spark_job.wait(_BREATH_S)  # a run that is ending answers `wait_epoch` at once
 
 
-def require_trained(workers: tuple[WorkerReport, ...], version: int) -> None:
+def require_trained(workers: tuple[WorkerReport, ...], version: int, *, was_stopped: bool = False) -> None:
     """Checks a job that Spark calls done.
 
     Args:
         version: of the weights: over 0 where any push is in them, also one from before a restore.
+        was_stopped: by the driver, which may be before any push.
 
     Raises:
         WorkerFailedError: every push was refused, or a partition was not trained to its end.
@@ -134,7 +135,8 @@ def require_trained(workers: tuple[WorkerReport, ...], version: int) -> None:
     num_refused = sum(worker.num_refused for worker in workers)
     if num_refused:
         raise WorkerFailedError(f"nothing was trained: all {num_refused} pushes were refused")
-    raise FeedError("the feed has no rows: nothing was trained; look at what filters it")
+    if not was_stopped:
+        raise FeedError("the feed has no rows: nothing was trained; look at what filters it")
 
 
 def _task(job: WorkerJob) -> Callable[[int, Iterable[Any]], Iterator[None]]:

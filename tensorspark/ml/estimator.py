@@ -71,6 +71,7 @@ class KerasEstimator(Estimator[KerasModel], KerasTrainingParams, MLWritable, MLR
         seed: int | None = None,
         weightCol: str | None = None,
         shuffle: bool = True,
+        scaleLearningRate: bool = True,
         callbacks: Sequence[Any] | None = None,
         sessionOptions: Mapping[str, Any] | None = None,
         task: str = "auto",
@@ -99,6 +100,7 @@ class KerasEstimator(Estimator[KerasModel], KerasTrainingParams, MLWritable, MLR
         seed: int | None = None,
         weightCol: str | None = None,
         shuffle: bool = True,
+        scaleLearningRate: bool = True,
         callbacks: Sequence[Any] | None = None,
         sessionOptions: Mapping[str, Any] | None = None,
         task: str = "auto",
@@ -150,6 +152,7 @@ class KerasEstimator(Estimator[KerasModel], KerasTrainingParams, MLWritable, MLR
                     validation_split=self.getValidationFraction(),
                     callbacks=self.getCallbacks() or (),
                     shuffle=self.getShuffle(),
+                    scale_learning_rate=self.getScaleLearningRate(),
                     seed=self.getSeed(),
                     progress=self.getProgress(),
                 )

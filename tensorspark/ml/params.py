@@ -144,6 +144,11 @@ class KerasTrainingParams(KerasParams, HasLabelCol, HasWeightCol, HasSeed):
     )
     validationFraction = _param("validationFraction", "part of the rows that is held out", _to_fraction)
     shuffle = _param("shuffle", "whether each partition's rows are shuffled in every epoch", TypeConverters.toBoolean)
+    scaleLearningRate = _param(
+        "scaleLearningRate",
+        "whether the learning rate is multiplied by the number of workers, as SparkSession.fit describes",
+        TypeConverters.toBoolean,
+    )
     callbacks = _param("callbacks", "Keras callbacks, called on the driver; not saved", _optional(list))
     sessionOptions = _param("sessionOptions", "more arguments of tensorspark.SparkSession", _to_options)
     progress = _param("progress", "whether training shows a line on stderr", TypeConverters.toBoolean)
@@ -160,6 +165,7 @@ class KerasTrainingParams(KerasParams, HasLabelCol, HasWeightCol, HasSeed):
             seed=None,
             weightCol=None,
             shuffle=True,
+            scaleLearningRate=True,
             callbacks=None,
             sessionOptions={},
             progress=True,
@@ -187,6 +193,9 @@ class KerasTrainingParams(KerasParams, HasLabelCol, HasWeightCol, HasSeed):
 
     def getShuffle(self) -> bool:
         return bool(self.getOrDefault(self.shuffle))
+
+    def getScaleLearningRate(self) -> bool:
+        return bool(self.getOrDefault(self.scaleLearningRate))
 
     def getCallbacks(self) -> list[Any] | None:
         callbacks: list[Any] | None = self.getOrDefault(self.callbacks)
@@ -227,6 +236,9 @@ class KerasTrainingParams(KerasParams, HasLabelCol, HasWeightCol, HasSeed):
 
     def setShuffle(self, value: bool) -> Self:
         return self._set(shuffle=value)
+
+    def setScaleLearningRate(self, value: bool) -> Self:
+        return self._set(scaleLearningRate=value)
 
     def setCallbacks(self, value: list[Any] | None) -> Self:
         return self._set(callbacks=value)

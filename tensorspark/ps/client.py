@@ -139,7 +139,7 @@ class ParameterClient:
     def report(self, message: str, traceback: str) -> None:
         """Tells the server that this worker has failed; best effort: a server that is gone is told nothing."""
         with self._turn, contextlib.suppress(TransportError):
-            self._link.send(Kind.FAIL, {"message": _tail(message, 2**10), "traceback": _tail(traceback)})
+            self._link.send(Kind.FAIL, {"message": _ends(message, 2**10), "traceback": _tail(traceback)})
             # Answers to earlier pushes may lie before the one to FAIL; a refusal ends the conversation too.
             for _ in range(len(self._unanswered) + 1):
                 self._link.receive(Kind.ACCEPTED)
@@ -259,6 +259,14 @@ def _push_header(push: Push) -> dict[str, object]:
         "sums": dict(push.sums),
         "progress": push.progress,
     }
+
+
+def _ends(text: str, num_chars: int) -> str:
+    """The begin and the end: of TensorFlow's long messages the one says what was raised, the other why."""
+    if len(text) <= num_chars:
+        return _tail(text, num_chars)
+    begin = num_chars // 4
+    return f"{_tail(text[:begin])}\n[...]\n{_tail(text, num_chars - begin)}"
 
 
 def _tail(text: str, num_bytes: int = _MAX_TRACEBACK_BYTES) -> str:

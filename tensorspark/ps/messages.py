@@ -129,7 +129,8 @@ class Order:
         version: of the snapshot.
         epoch: that `kind` is about: the partition's own, which may be before the others'.
         num_steps: local steps of all workers that are in the snapshot.
-        num_workers: that count at the gate: who rests, or has ended, does not.
+        num_workers: whose pushes make up the run: those of the round where workers are bulk-synchronous, else all that
+            have not ended.
         values: what the driver has set for the epoch that all are in, by name.
     """
 

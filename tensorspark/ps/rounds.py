@@ -157,7 +157,7 @@ class Rounds:
         name = self._layout.find_non_finite(payload)
         return NonFiniteError(
             f"NaN or infinity in {name}, pushed by partition {fold.partition}: the push was refused and the server's "
-            f"weights are as they were; look at the learning rate, and at the loss for log(0)"
+            f"weights are as they were; look at the learning rate, at the loss for log(0), and for NaN in the rows"
         )
 
     def _finish(self, publish: Publish) -> TensorsparkError | None:

@@ -19,12 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tensorspark.errors import (
-    ProtocolError,
-    RefusedError,
-    RunStoppedError,
-    TensorsparkError,
-)
+from tensorspark.errors import ProtocolError, RefusedError, RunStoppedError, TensorsparkError
 from tensorspark.history import Recorder, WorkerReport
 from tensorspark.ps.epochs import Epochs
 from tensorspark.ps.leases import Leases
@@ -153,7 +148,9 @@ class RunState:
             self._held[held.index] = fold
             self._in_round.add(held.index)
             return [Keep(), *self._advance_round()]
-        return [Keep(), fold, Publish(max(1, self._gate.num_counted))]
+        # Who rests is back in the next epoch. Left out here, it would have the last pushes of an epoch, whose end is
+        # what is evaluated, weigh a multiple.
+        return [Keep(), fold, Publish(max(1, self._gate.num_awaited))]
 
     def finish(
         self,
@@ -332,7 +329,7 @@ class RunState:
 
     def order(self, decision: SendSnapshot, version: int) -> Order:
         """What goes with the snapshot; to be asked when it is sent, as it is the current one then."""
-        num_workers = self._num_in_round if self._sync.is_bulk else self._gate.num_counted
+        num_workers = self._num_in_round if self._sync.is_bulk else self._gate.num_awaited
         return Order(version, decision.order, decision.epoch, self._num_steps, num_workers, self._epochs.values)
 
     def epoch_end(self, seconds: float) -> EpochEnd | None:

@@ -72,13 +72,17 @@ class Gate:
         return self._running | self._lost_at.keys()
 
     @property
+    def num_awaited(self) -> int:
+        return len(self._running) + len(self._lost_at)
+
+    @property
     def counted(self) -> set[int]:
         """Partitions that count."""
         return self.awaited - self._resting
 
     @property
     def num_counted(self) -> int:
-        return len(self.counted) if self._resting else len(self._running) + len(self._lost_at)
+        return len(self.counted) if self._resting else self.num_awaited
 
     @property
     def num_lost(self) -> int:

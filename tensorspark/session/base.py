@@ -8,9 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tensorspark import config as configuration
-from tensorspark.driver.arguments import (
-    as_spark_context,
-)
+from tensorspark.driver.arguments import as_spark_context
 from tensorspark.driver.checkpoints import CheckpointDirectory
 from tensorspark.driver.engine import Engine
 from tensorspark.driver.inputs import Names

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pyspark.sql import DataFrame
 
-from tensorspark.driver.arguments import (
-    checked_count,
-)
+from tensorspark.driver.arguments import checked_count
 from tensorspark.driver.fitting import FitPlan, as_validation_data, fit
 from tensorspark.driver.inputs import Names
 from tensorspark.driver.rows import Data
@@ -40,6 +38,7 @@ class FittingSession(Session):
         seed: int | None = None,
         weight_combiner: WeightCombiner | None = None,
         average_optimizer_state: bool = False,
+        scale_learning_rate: bool = True,
         nan_is_error: bool = True,
         progress: bool = True,
     ) -> History:
@@ -72,7 +71,12 @@ class FittingSession(Session):
                 that is not trained (batch statistics) is averaged by any rule.
             average_optimizer_state: also synchronizes the optimizer's slots, by the same rule; otherwise each worker
                 has its own.
-            nan_is_error: whether a loss that is NaN or infinite ends the training.
+            scale_learning_rate: where workers' changes are averaged, multiplies the learning rate of a Keras optimizer
+                by their number, by 8 at most: n workers take an n-th of the steps that one process does in an epoch,
+                and come as far with steps n times as long (the linear scaling rule of Goyal et al., "Accurate, Large
+                Minibatch SGD", 2017). The model's own rate stays; False leaves the workers' as it is, too.
+            nan_is_error: whether a loss that is NaN or infinite ends the training. If not, an interval whose steps make
+                such weights counts for nothing: the worker goes on from the weights and slots that it began with.
             progress: shows a line on stderr.
 
         Returns:
@@ -94,11 +98,12 @@ class FittingSession(Session):
             epochs=epochs,
             validation_data=as_validation_data(validation_data, names),
             validation_split=validation_split,
-            callbacks=tuple(callbacks or ()),
+            callbacks=tuple(callbacks or ()) if isinstance(callbacks, Iterable | None) else (callbacks,),
             shuffle=bool(shuffle),
             seed=seed,
             combiner=weight_combiner,
             average_optimizer_state=bool(average_optimizer_state),
+            scale_learning_rate=bool(scale_learning_rate),
             nan_is_error=bool(nan_is_error),
         )
         model = self._fit_model("fit")

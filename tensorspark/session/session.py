@@ -8,14 +8,7 @@ from typing import Any
 from pyspark import RDD
 
 from tensorspark.data.decoders import RowDecoder
-from tensorspark.driver.arguments import (
-    RunPlan,
-    arrange,
-    as_combiner,
-    as_seed,
-    check_feed,
-    checked_count,
-)
+from tensorspark.driver.arguments import RunPlan, arrange, as_combiner, as_seed, check_feed, checked_count
 from tensorspark.errors import ConfigError, SessionClosedError
 from tensorspark.session.fitting import FittingSession
 from tensorspark.weights.combiners import WeightCombiner

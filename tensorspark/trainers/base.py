@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorspark.data.columns import Column, Columns
+from tensorspark.data.labels import Labels
 from tensorspark.weights.layout import Buffer, WeightLayout
 
 # A process that alternates between training and, say, evaluation graphs keeps both.
@@ -111,11 +112,16 @@ class TrainerSpec(Protocol):
 
 @dataclass(frozen=True)
 class Captured:
-    """A model on the driver as it is now: how to make a trainer of it, what to ship, and the weights to begin with."""
+    """A model on the driver as it is now: how to make a trainer of it, what to ship, and the weights to begin with.
+
+    Attributes:
+        labels: those that rows are looked at for.
+    """
 
     spec: TrainerSpec
     content: bytes = field(repr=False)
     weights: Buffer = field(repr=False)
+    labels: tuple[Labels, ...] = ()
 
 
 class DriverModel(Protocol):

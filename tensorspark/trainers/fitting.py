@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -38,6 +38,7 @@ class KerasFit:
 
     def __init__(self, model: KerasDriverModel) -> None:
         self.model = model
+        self.has_optimizer = True
         self._num_steps_before = 0
 
     def assign(self, layout: WeightLayout, weights: Buffer) -> None:
@@ -110,3 +111,9 @@ class KerasFit:
         The optimizer's own `iterations` stay: Adam corrects the bias of its slots by them, which begin anew.
         """
         self._num_steps_before += num_steps
+
+    def resume(self, values: Mapping[str, float]) -> None:
+        """Takes over what an interrupted fit told its workers: see `EpochCallbacks.values`."""
+        self._num_steps_before = int(values.get("num_steps_before", 0))
+        if "learning_rate" in values and self.model.learning_rate is not None:
+            self.model.learning_rate = values["learning_rate"]

@@ -102,15 +102,33 @@ class FlatTrainer(Trainer):
     returned waits in `_trained` until `read`.
     """
 
-    def _hold(self, flat: FlatVariables) -> None:
+    def _hold(self, flat: FlatVariables, *, reverts: bool) -> None:
+        """
+        Args:
+            reverts: where steps made weights that are not finite, `read` gives those that were loaded before them: the
+                server takes no others.
+        """
         self._flat = flat
+        self._reverts = reverts
+        self._loaded: list[tf.Tensor] | None = None
         self._pending: list[tf.Tensor] | None = None
         self._trained: list[tf.Tensor] | None = None
 
     def load(self, weights: Buffer) -> None:
         self._pending, self._trained = self._flat.flat(weights), None
+        self._loaded = self._pending if self._reverts else None
 
     def read(self, out: Buffer) -> None:
+        self._read(out)
+        if self._loaded is not None and self.layout.find_non_finite(out) is not None:
+            self._pending, self._trained = self._loaded, None
+            self._reset_own()
+            self._read(out)
+
+    def _reset_own(self) -> None:
+        """Sets what is not synchronized to the driver's values."""
+
+    def _read(self, out: Buffer) -> None:
         at_hand = self._pending or self._trained
         if at_hand is None:
             self._flat.read(out)

@@ -151,7 +151,7 @@ class FunctionWorker(FlatTrainer):
         builder, self._values = _unpack_content(content)
         self._made = _Made(unpack_builder(builder))
         self._require_same()
-        self._hold(FlatVariables(spec.layout, self._made.variables))
+        self._hold(FlatVariables(spec.layout, self._made.variables), reverts=not spec.nan_is_error)
         self._nothing = self._flat.nothing()
         self._functions: dict[int | None, Any] = {}
         self.num_totals = spec.num_totals
@@ -159,8 +159,7 @@ class FunctionWorker(FlatTrainer):
         self._num_local_steps = 0
 
     def reset(self, partition: int, seed: int) -> None:
-        for variable, value in zip(self._made.local, self._values, strict=True):
-            variable.assign(value)
+        self._reset_own()
         tf.random.set_seed(int(np.random.SeedSequence((seed, partition)).generate_state(1)[0]))
         self._num_local_steps = 0
         self.take_totals()
@@ -205,7 +204,11 @@ class FunctionWorker(FlatTrainer):
 
     def close(self) -> None:
         self._functions.clear()
-        self._pending = self._trained = None
+        self._pending = self._trained = self._loaded = None
+
+    def _reset_own(self) -> None:
+        for variable, value in zip(self._made.local, self._values, strict=True):
+            variable.assign(value)
 
     def _function(self, size: int | None) -> Any:
         """The compiled loop for batches of `size` rows, or of any size: known ones compute some percent faster."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -19,6 +19,7 @@ class FunctionFit:
     """A training function, fitted on columns as they come: inputs, labels and weights are its step's arguments."""
 
     is_free = True
+    has_optimizer = False
 
     def __init__(self, trainer: FunctionTrainer) -> None:
         self.trainer = trainer
@@ -53,6 +54,9 @@ class FunctionFit:
 
     def advance(self, num_steps: int) -> None:
         """Steps count from 0 in each fit."""
+
+    def resume(self, values: Mapping[str, float]) -> None:
+        """Workers are told nothing."""
 
     def dataset_decoder(self, dataset_fn: Callable[[Any], Any], context: Any, *, has_labels: bool) -> NoReturn:
         raise ModelError("dataset_fn is for Keras models: give a FunctionTrainer a DataFrame, an RDD or arrays")

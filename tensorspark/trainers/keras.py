@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorspark.data.columns import Column, Columns
-from tensorspark.errors import FeedError, ModelError
+from tensorspark.errors import ModelError
 from tensorspark.trainers.flat import FlatTrainer, FlatVariables, stacked_batches
 from tensorspark.trainers.keras_objects import require_tensorflow, unpack_model, variables_of
 from tensorspark.trainers.keras_steps import CompiledSteps, adopt_global_steps, fuse_optimizer
@@ -56,15 +56,6 @@ class Structure:
 
 
 @dataclass(frozen=True)
-class Labels:
-    """A column of class numbers, to be checked before a step: TensorFlow says at most that a loss is NaN."""
-
-    column: int
-    num_classes: int
-    ignored: int | None = None
-
-
-@dataclass(frozen=True)
 class Scalar:
     """A metric that is a mean over rows: its name in the logs, and where its sum and count are in the totals."""
 
@@ -92,7 +83,6 @@ class KerasSpec:
     with_slots: bool
     scalars: tuple[Scalar, ...]
     num_totals: int
-    labels: tuple[Labels, ...]
     nan_is_error: bool
     num_threads: int
     content_hash: str
@@ -103,7 +93,7 @@ class KerasSpec:
             "keras",
             self.content_hash,
             self.layout.fingerprint,
-            repr((self.columns, self.structure, self.scalars, self.labels)),
+            repr((self.columns, self.structure, self.scalars)),
             self.with_slots,
             self.nan_is_error,
         ]
@@ -135,8 +125,9 @@ class KerasTrainer(FlatTrainer):
         self._model = unpack_model(packed)
         build(self._model, spec.columns, spec.structure)
         synchronized, self._own, self._seeds = self._take_variables()
-        self._hold(FlatVariables(spec.layout, [variable.value for variable in synchronized]))
-        clock = adopt_global_steps(self._model.optimizer)
+        flat = FlatVariables(spec.layout, [variable.value for variable in synchronized])
+        self._hold(flat, reverts=not spec.nan_is_error)
+        self._clock = clock = adopt_global_steps(self._model.optimizer)
         fuse_optimizer(self._model.optimizer)
         self._steps = CompiledSteps(
             self._model, spec.columns, spec.structure.data, self._flat, clock, self._loss_total()
@@ -144,17 +135,16 @@ class KerasTrainer(FlatTrainer):
         self._totals = np.zeros(spec.num_totals)
         self._first_step, self._num_steps, self._num_workers, self._num_local_steps = 0, 0, 1, 0
         self._learning_rate: float | None = None
+        self._scale = 1.0
 
     def reset(self, partition: int, seed: int) -> None:
-        for variable, value in zip(self._own, self._values, strict=True):
-            variable.assign(value)
+        self._reset_own()
         for index, variable in enumerate(self._seeds):
             state = np.random.SeedSequence((seed, partition, index)).generate_state(int(np.prod(variable.shape)))
             variable.assign(state.reshape(variable.shape).astype(variable.dtype))
         optimizer = self._model.optimizer
         self._first_step = 0 if optimizer is None else int(optimizer.iterations.numpy())
         self._num_steps, self._num_workers, self._num_local_steps = 0, 1, 0
-        self._learning_rate = None
         self.take_totals()
 
     def load(self, weights: Buffer) -> None:
@@ -163,22 +153,24 @@ class KerasTrainer(FlatTrainer):
 
     def guide(self, num_steps: int, num_workers: int, values: Mapping[str, float]) -> None:
         """See `Trainer.guide`; a learning-rate schedule is asked for the step number `num_steps` plus those that all
-        workers are thought to have done since. ``"learning_rate"`` in `values` replaces a constant one."""
+        workers are thought to have done since. ``"learning_rate"`` in `values` replaces a constant one. Either is
+        multiplied by the number of workers, or by ``"max_learning_rate_scale"`` where that is less."""
         self._num_steps, self._num_workers, self._num_local_steps = num_steps, num_workers, 0
         self._num_steps += int(values.get("num_steps_before", 0))
+        self._scale = scale = min(num_workers, values.get("max_learning_rate_scale", 1.0))
+        if self._clock is not None:
+            self._clock.scale.assign(scale)
         rate = values.get("learning_rate")
-        if rate is not None and rate != self._learning_rate:
-            self._model.optimizer.learning_rate = rate
-            self._learning_rate = rate
+        if rate is not None and rate * scale != self._learning_rate:
+            self._learning_rate = rate * scale
+            self._model.optimizer.learning_rate = self._learning_rate
 
     def train(self, columns: Columns, batch_size: int) -> NDArray[np.float64]:
         """See `Trainer.train`.
 
         Raises:
-            FeedError: a label that is no class of the loss, before any step.
             ModelError: the loss became NaN or infinite.
         """
-        self._require_classes(columns)
         before = self._totals
         for stacked in stacked_batches(columns, batch_size):
             start = self._first_step + self._num_steps + self._num_local_steps * self._num_workers
@@ -191,7 +183,6 @@ class KerasTrainer(FlatTrainer):
         return self._means(self._totals - before) * len(columns[0])
 
     def evaluate(self, columns: Columns, batch_size: int) -> None:
-        self._require_classes(columns)
         self._settle()
         for stacked in stacked_batches(columns, batch_size):
             self._totals = self._steps.evaluate(stacked, batch_size)
@@ -211,7 +202,12 @@ class KerasTrainer(FlatTrainer):
 
     def close(self) -> None:
         del self._steps, self._model, self._flat, self._own, self._seeds
-        self._pending = self._trained = None
+        self._pending = self._trained = self._loaded = None
+
+    def _reset_own(self) -> None:
+        for variable, value in zip(self._own, self._values, strict=True):
+            variable.assign(value)
+        self._learning_rate = None
 
     def _take_variables(self) -> tuple[list[Any], list[Any], list[Any]]:
         """Synchronized, own and seeds, checked to be what the driver's model has."""
@@ -243,15 +239,13 @@ class KerasTrainer(FlatTrainer):
         means: NDArray[np.float64] = np.divide(sums, counts, out=np.zeros_like(sums), where=counts != 0)
         return means
 
-    def _require_classes(self, columns: Columns) -> None:
-        for labels in self._spec.labels:
-            _require_classes(labels, self.columns[labels.column], columns[labels.column])
-
     def _raise_not_finite(self, step: int) -> None:
+        scaled = f", which is multiplied by {self._scale:g} (fit(scale_learning_rate=False) leaves it as it is)"
         raise ModelError(
-            f"the loss became NaN or infinite at local step {step} of the interval (counted from 0): lower the "
-            f"learning rate, clip gradients (clipnorm=1.0 of the optimizer) or look for NaN and huge values in the "
-            f"rows; fit(nan_is_error=False) goes on instead"
+            f"the loss became NaN or infinite at local step {step} of the interval (counted from 0) that began after "
+            f"{self._num_steps} steps of all workers: lower the learning rate{scaled if self._scale > 1 else ''}, clip "
+            f"gradients (clipnorm=1.0 of the optimizer) or look for NaN and huge values in the rows; "
+            f"fit(nan_is_error=False) leaves such intervals out"
         )
 
 
@@ -302,21 +296,6 @@ def _pick(part: Any, columns: Sequence[Any]) -> Any:
     if isinstance(part, list | tuple):
         return type(part)(_pick(value, columns) for value in part)
     return None if part is None else columns[part]
-
-
-def _require_classes(labels: Labels, column: Column, values: NDArray[Any]) -> None:
-    if not values.size or (values.min() >= 0 and values.max() < labels.num_classes):
-        return
-    is_bad = (values < 0) | (values >= labels.num_classes)
-    if labels.ignored is not None:
-        is_bad &= values != labels.ignored
-    if is_bad.any():
-        place = np.argwhere(is_bad)[0]
-        raise FeedError(
-            f"label {column.name} of a row is {values[tuple(place)]}, but the model's output has "
-            f"{labels.num_classes} classes: expected 0 to {labels.num_classes - 1}; number the labels from 0, or give "
-            f"the last layer more units"
-        )
 
 
 def _keras_dtype(column: Column) -> str:

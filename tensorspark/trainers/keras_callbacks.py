@@ -62,6 +62,8 @@ class EpochCallbacks:
         self._call("on_epoch_end", epoch, logs)
 
     def end(self, logs: Mapping[str, Any]) -> None:
+        if isinstance(self._model.optimizer, keras.optimizers.Optimizer):  # averages become the weights, as in Keras
+            self._model.optimizer.finalize_variable_values(self._model.trainable_weights)
         self._call("on_train_end", dict(logs))
 
     @property
@@ -86,14 +88,20 @@ class EpochCallbacks:
 
 
 def _warn_of_batch_hooks(callback: Any) -> None:
-    if type(callback).__module__.startswith("keras."):
-        return  # Keras's own do without them, or count steps for display
-    hooks = [
-        name for name in _NEVER_CALLED if getattr(type(callback), name) is not getattr(keras.callbacks.Callback, name)
-    ]
-    if hooks:
+    if hooks := [name for name in _NEVER_CALLED if _needs(callback, name)]:
         logger.warning(
             "%s of %s will not be called: workers train batches by themselves, and the driver sees ends of epochs",
             ", ".join(hooks),
             type(callback).__name__,
         )
+
+
+def _needs(callback: Any, hook: str) -> bool:
+    if hook in vars(callback):  # as LambdaCallback keeps what it is given
+        return True
+    if getattr(type(callback), hook) is getattr(keras.callbacks.Callback, hook):
+        return False
+    # Keras's own do without them, or count steps for display; but for these.
+    is_own = type(callback).__module__.startswith("keras.")
+    saves_by_steps = isinstance(getattr(callback, "save_freq", None), int)
+    return not is_own or saves_by_steps or isinstance(callback, keras.callbacks.TerminateOnNaN)

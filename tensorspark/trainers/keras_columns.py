@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorspark.data.columns import Column
-from tensorspark.trainers.keras import Labels, Structure
+from tensorspark.data.labels import Labels
+from tensorspark.trainers.keras import Structure
 from tensorspark.trainers.startup import quiet
 
 with quiet():
@@ -48,7 +49,7 @@ def label_columns(model: keras.Model) -> list[Column]:
 
 
 def checked_labels(model: keras.Model, structure: Structure) -> tuple[Labels, ...]:
-    """The label columns that hold class numbers, and of how many classes."""
+    """The label columns that hold class numbers or their probabilities, and of how many classes."""
     if structure.y is None or not _is_graph(model):
         return ()
     names, positions = flat_names(output_names(model)), flat_names(structure.y)
@@ -56,9 +57,9 @@ def checked_labels(model: keras.Model, structure: Structure) -> tuple[Labels, ..
         return ()
     parts = zip(positions, flat_names(_outputs(model)), _losses(model, names), strict=True)
     return tuple(
-        Labels(position, tensor.shape[-1], getattr(loss, "ignore_class", None))
+        Labels(position, tensor.shape[-1] if _is_sparse(loss) else None, getattr(loss, "ignore_class", None))
         for position, tensor, loss in parts
-        if position is not None and _is_sparse(loss) and tensor.shape[-1] is not None
+        if position is not None and (_is_binary(loss) or (_is_sparse(loss) and tensor.shape[-1] is not None))
     )
 
 
@@ -128,11 +129,20 @@ def _label_column(name: str, output: Any, loss: Any) -> Column:
 
 
 def _is_sparse(loss: Any) -> bool:
-    if isinstance(loss, str) and loss.lower() not in ("crossentropy", "ce"):
-        loss = keras.losses.get(loss)
+    loss = _named_loss(loss)
     return loss is keras.losses.sparse_categorical_crossentropy or isinstance(
         loss, keras.losses.SparseCategoricalCrossentropy
     )
+
+
+def _is_binary(loss: Any) -> bool:
+    loss = _named_loss(loss)
+    functions = (keras.losses.binary_crossentropy, keras.losses.binary_focal_crossentropy)
+    return loss in functions or isinstance(loss, keras.losses.BinaryCrossentropy | keras.losses.BinaryFocalCrossentropy)
+
+
+def _named_loss(loss: Any) -> Any:
+    return keras.losses.get(loss) if isinstance(loss, str) and loss.lower() not in ("crossentropy", "ce") else loss
 
 
 def _column_dtype(dtype: str) -> str:

@@ -33,7 +33,6 @@ from tensorspark.trainers.keras_objects import (
     unpack_model,
     variables_of,
 )
-from tensorspark.trainers.keras_tables import is_built
 from tensorspark.trainers.startup import quiet
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 
@@ -72,18 +71,6 @@ class KerasDriverModel:
         self.model = model
         self._builder = builder
         self._has_travelled = False
-
-    @property
-    def is_built(self) -> bool:
-        """Whether the model's weights are there; else `build_from` needs to see rows first."""
-        return is_built(self.model)
-
-    def build_from(self, sample: Sequence[NDArray[Any]], structure: Structure) -> tuple[Column, ...]:
-        """Builds the model for columns such as these, `[rows, ...]` each, and says what they are."""
-        names = [f"column_{index}" for index in range(len(sample))]
-        columns = tuple(Column(n, a.shape[1:], a.dtype.name) for n, a in zip(names, sample, strict=True))
-        build(self.model, columns, structure)
-        return columns
 
     def structure(self, inputs: Any = None, *, num_labels: int | None = None, weighted: bool = False) -> Structure:
         """How `expected_columns` feed the model.
@@ -164,13 +151,12 @@ class KerasDriverModel:
             with_slots=average_optimizer_state,
             scalars=self._scalars(),
             num_totals=sum(int(np.prod(v.shape)) for v in self.model.metrics_variables),
-            labels=checked_labels(self.model, structure),
             nan_is_error=nan_is_error,
             num_threads=num_threads,
             content_hash=hashlib.sha256(content).hexdigest(),
         )
         self._require_return(packed)
-        return Captured(spec, content, weights)
+        return Captured(spec, content, weights, checked_labels(self.model, structure))
 
     def assign(self, layout: WeightLayout, weights: Buffer) -> None:
         """Sets the model's variables to `weights`, which may be reused at once."""
@@ -209,6 +195,11 @@ class KerasDriverModel:
         optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
         rate = getattr(optimizer, "_learning_rate", None)
         return float(rate.numpy()) if isinstance(rate, keras.Variable) else None
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+        optimizer.learning_rate = rate
 
     def _layout(self, synchronized: Mapping[str, Any]) -> WeightLayout:
         try:

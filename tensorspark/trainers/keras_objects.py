@@ -124,19 +124,22 @@ class ModelVariables:
     Attributes:
         trainable: synchronized first.
         state: float state that training updates otherwise, such as BatchNorm's statistics: synchronized next.
-        slots: the optimizer's float variables, but for the learning rate and the loss scale.
+        averages: of the trainable ones, which an optimizer with `use_ema` makes the weights in the end: synchronized
+            next.
+        slots: the optimizer's other float variables, but for the learning rate and the loss scale.
         local: all others that have a value to begin from: frozen weights, counters, the learning rate.
         seeds: states of the random generators.
     """
 
     trainable: list[Any]
     state: list[Any]
+    averages: list[Any]
     slots: list[Any]
     local: list[Any]
     seeds: list[Any]
 
     def synchronized(self, *, with_slots: bool) -> list[Any]:
-        return [*self.trainable, *self.state, *(self.slots if with_slots else [])]
+        return [*self.trainable, *self.state, *self.averages, *(self.slots if with_slots else [])]
 
     def own(self, *, with_slots: bool) -> list[Any]:
         """What a worker keeps to itself."""
@@ -151,12 +154,16 @@ def variables_of(model: keras.Model) -> ModelVariables:
     frozen = {id(v) for layer in model._flatten_layers() for v in layer._trainable_variables if not v.trainable}
     seeds = [v for v in _unique(model.non_trainable_variables) if v.name == "seed_generator_state"]
     state = [v for v in weights if _is_float(v) and id(v) not in frozen]
+    inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    averages = [v for v in getattr(inner, "_model_variables_moving_average", []) if v is not None]
+    averaged = {id(v) for v in averages}
     slots: list[Any] = []
     local = [v for v in weights if not _is_float(v) or id(v) in frozen]
     kept = {"learning_rate", "dynamic_scale"}
     for variable in _unique(model.optimizer.variables) if model.optimizer is not None else []:
-        (slots if _is_float(variable) and variable.name not in kept else local).append(variable)
-    return ModelVariables(trainable, state, slots, local, seeds)
+        if id(variable) not in averaged:
+            (slots if _is_float(variable) and variable.name not in kept else local).append(variable)
+    return ModelVariables(trainable, state, averages, slots, local, seeds)
 
 
 def _is_float(variable: Any) -> bool:

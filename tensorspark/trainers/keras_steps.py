@@ -23,15 +23,17 @@ _NUM_KEPT = 8
 
 class GlobalSteps(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
     """A schedule that is asked for the step of all workers, not the optimizer's own, which Adam's bias correction
-    goes on to count."""
+    goes on to count; `scale` multiplies what it says."""
 
     def __init__(self, schedule: keras.optimizers.schedules.LearningRateSchedule) -> None:
         self.schedule = schedule
         self.step = tf.Variable(0, dtype=tf.int64, trainable=False, name="global_step")
+        self.scale = tf.Variable(1.0, trainable=False, name="learning_rate_scale")
 
     def __call__(self, step: Any) -> Any:
         del step
-        return self.schedule(self.step)
+        rate = self.schedule(self.step)
+        return rate * tf.cast(self.scale, rate.dtype)
 
     def get_config(self) -> dict[str, Any]:
         return {"schedule": keras.saving.serialize_keras_object(self.schedule)}
@@ -62,7 +64,7 @@ def fuse_optimizer(optimizer: Any) -> None:
             return
         native = variable.value if isinstance(variable, keras.Variable) else variable
         index = inner._get_variable_index(variable)
-        step = tf.cast(inner.iterations.value + 1, dtype)
+        step = tf.cast(inner.iterations + 1, dtype)  # no variable where gradients are accumulated
         beta_1, beta_2 = tf.cast(inner.beta_1, dtype), tf.cast(inner.beta_2, dtype)
         tf.raw_ops.ResourceApplyAdam(
             var=native.handle,
@@ -124,7 +126,7 @@ class CompiledSteps:
             size: the usual batch size.
 
         Returns:
-            The weights after the last step, how many steps had a finite loss, the totals.
+            The weights after the last step, how many steps come before the first whose loss is no number, the totals.
         """
         order = owned_tensor(np.array([self._take_drop(), weights is not None, start, stride], np.int64))
         tensors = [owned_tensor(array) for array in stacked]
@@ -220,7 +222,7 @@ class CompiledSteps:
     def _loop(
         self, step: Callable[..., Any], stacked: Sequence[tf.Tensor], steps: tf.Tensor | None = None
     ) -> tf.Tensor:
-        """Steps over all batches, one after the other; says after how many the loss was finite.
+        """Steps over all batches, one after the other; says how many come before the first whose loss is no number.
 
         Args:
             steps: the first step's global number, and how many steps on the next one is.
@@ -230,16 +232,22 @@ class CompiledSteps:
             if self._clock is not None and steps is not None:
                 self._clock.step.assign(steps[0] + tf.cast(index, tf.int64) * steps[1])
             logs = step(self._data([column[index] for column in stacked]))
-            loss = self._loss_total
-            if loss is None:
-                loss = tf.convert_to_tensor(logs["loss"]) if isinstance(logs, dict) and "loss" in logs else 0.0
-            is_finite = tf.reduce_all(tf.math.is_finite(loss))
+            is_finite = tf.equal(num_finite, index)
+            for loss in self._losses(logs):
+                is_finite &= tf.reduce_all(tf.math.is_finite(loss))
             return index + 1, num_finite + tf.cast(is_finite, tf.int32)
 
         num_batches = tf.shape(stacked[0])[0]
         zero = tf.constant(0)
         # One at a time: the next step begins from this one's weights.
         return tf.while_loop(lambda index, _: index < num_batches, body, [zero, zero], parallel_iterations=1)[1]
+
+    def _losses(self, logs: Any) -> list[Any]:
+        """Where a step's loss shows: in the metric, and in what a `train_step` of its own returns, which need not keep
+        that metric."""
+        losses = [] if self._loss_total is None else [self._loss_total]
+        is_own = type(self._model).train_step is not keras.Model.train_step
+        return [*losses, logs["loss"]] if is_own and isinstance(logs, dict) and "loss" in logs else losses
 
     def _totals(self) -> tf.Tensor:
         return tf.concat([tf.reshape(tf.cast(v, tf.float64), [-1]) for v in self._metrics] or [[]], axis=0)

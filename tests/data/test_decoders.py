@@ -154,9 +154,10 @@ def test_an_integer_that_does_not_fit_is_refused_not_wrapped(dtype: str, value: 
         _decode([(1,), (value,)], (Column("v:0", (), dtype),))
 
 
-def test_a_float_that_does_not_fit_is_refused_not_made_infinite() -> None:
+@pytest.mark.parametrize(("dtype", "value"), [("float32", 1e300), ("float16", 70000.0), ("float16", 70000)])
+def test_a_number_that_does_not_fit_is_refused_not_made_infinite(dtype: str, value: float) -> None:
     with pytest.raises(FeedError, match=r"partition 3, row 1: expected .*v:0"):
-        _decode([(1.0,), (1e300,)], (Column("v:0", (), "float32"),))
+        _decode([(type(value)(1),), (value,)], (Column("v:0", (), dtype),))
 
 
 def test_infinity_and_nan_in_rows_are_data() -> None:

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tensorspark.data.columns import Column, Columns, permutation
+from tensorspark.data.columns import VALIDATION_MARKER, Column, Columns, permutation
 from tensorspark.data.decoders import BlockDecoder, Decoder, RowDecoder
-from tensorspark.data.feed import VALIDATION_MARKER, PartitionFeed, Stretch
+from tensorspark.data.feed import PartitionFeed, Stretch
 from tensorspark.data.spill import EpochCache
 from tensorspark.errors import FeedError, StagingError
 
@@ -405,12 +405,12 @@ def test_a_cached_stretch_in_order_is_a_view_and_a_shuffled_one_a_copy() -> None
     with EpochCache(2**20, "/nonexistent") as cache:
         feed = _feed(_rows(40), cache=cache, num_epochs=2)
         stretches = [stretch for stretch in _stretches(feed, 3) if stretch.epoch == 1]
-        whole = cache.columns()
+        whole = cache.rows(slice(None))
         assert [np.shares_memory(stretch.columns[0], whole[0]) for stretch in stretches] == [True] * 4
     with EpochCache(2**20, "/nonexistent") as cache:
         stretch = _feed(_rows(40), cache=cache, shuffle=True).take(3)
         assert stretch is not None
-        assert not np.shares_memory(stretch.columns[0], cache.columns()[0])
+        assert not np.shares_memory(stretch.columns[0], cache.rows(slice(None))[0])
 
 
 def test_a_streamed_stretch_within_a_block_is_a_view() -> None:

@@ -23,6 +23,8 @@ from tensorspark.errors import FeedError, StagingError
 
 Block = tuple[NDArray[Any], ...]
 
+ALL = slice(None)
+
 
 def _blocks(num_blocks: int = 4, rows: int = 25, strings: bool = False) -> Iterator[Block]:
     generator = np.random.default_rng(8)
@@ -40,7 +42,7 @@ def _blocks(num_blocks: int = 4, rows: int = 25, strings: bool = False) -> Itera
 def _filled(cache: EpochCache, blocks: list[Block]) -> Block:
     for block in blocks:
         cache.append(block)
-    return cache.columns()
+    return cache.rows(ALL)
 
 
 def _expected(blocks: list[Block]) -> list[NDArray[Any]]:
@@ -71,7 +73,7 @@ def test_any_limit_and_any_block_sizes_keep_all_rows_in_order(
         for end, size in zip(np.cumsum(sizes), sizes, strict=True):
             rows = values[end - size : end]
             cache.append((rows, np.stack([rows, -rows], axis=1).astype(np.float64)))
-        columns = cache.columns()
+        columns = cache.rows(ALL)
         assert cache.is_spilled is (values.nbytes * 5 > memory_bytes)
         if not sizes:
             assert columns == ()
@@ -87,7 +89,7 @@ def test_just_the_limit_stays_in_memory(tmp_path: Path) -> None:
         assert not cache.is_spilled
         cache.append((np.arange(1.0),))
         assert cache.is_spilled
-        assert cache.columns()[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]
+        assert cache.rows(ALL)[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]
 
 
 def test_files_have_no_name_from_the_start(tmp_path: Path) -> None:
@@ -96,7 +98,7 @@ def test_files_have_no_name_from_the_start(tmp_path: Path) -> None:
             cache.append(block)
             assert cache.is_spilled
             assert list(tmp_path.iterdir()) == []
-        assert cache.columns()
+        assert cache.rows(ALL)
         assert list(tmp_path.iterdir()) == []
     assert list(tmp_path.iterdir()) == []
 
@@ -113,7 +115,7 @@ def test_closing_lets_go_of_the_files_while_columns_stay_valid(tmp_path: Path) -
     before = len(os.listdir("/proc/self/fd"))
     cache = EpochCache(0, str(tmp_path))
     cache.append((np.arange(5000.0),))
-    (column,) = cache.columns()
+    (column,) = cache.rows(ALL)
     cache.close()
     cache.close()
     assert column.sum() == 5000 * 4999 / 2
@@ -126,7 +128,7 @@ def test_mapped_columns_cannot_be_written_to(tmp_path: Path) -> None:
     with EpochCache(0, str(tmp_path)) as cache:
         cache.append((np.arange(5.0),))
         with pytest.raises(ValueError, match="read-only"):
-            cache.columns()[0][0] = 7.0
+            cache.rows(ALL)[0][0] = 7.0
 
 
 @pytest.mark.parametrize("strings", [False, True], ids=["numbers", "with strings"])
@@ -142,7 +144,7 @@ def test_memory_does_not_grow_with_a_large_partition(tmp_path: Path, strings: bo
             del column, names
         gc.collect()
         assert sum(reference() is not None for reference in alive) <= 1
-        assert cache.columns()[0][:, 0].tolist() == [float(row // 100) for row in range(5000)]
+        assert cache.rows(ALL)[0][:, 0].tolist() == [float(row // 100) for row in range(5000)]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def test_columns_of_every_kind_survive_the_file(tmp_path: Path, column: NDArray[
 
 def test_without_rows_there_are_no_columns(tmp_path: Path) -> None:
     with EpochCache(0, str(tmp_path)) as cache:
-        assert cache.columns() == ()
+        assert cache.rows(ALL) == ()
         assert not cache.is_spilled
 
 
@@ -207,7 +209,7 @@ def test_a_full_disk_is_named_with_the_setting_also_when_the_cache_is_closed(
     def keep() -> None:
         with EpochCache(0, str(tmp_path)) as cache:
             cache.append((np.ones(num_rows),))
-            cache.columns()
+            cache.rows(ALL)
 
     with pytest.raises(StagingError, match=r"spark\.tmp\.dir"):
         keep()
@@ -292,7 +294,7 @@ def test_blocks_without_rows_are_left_out(tmp_path: Path) -> None:
         assert (cache.num_rows, cache.row_bytes, cache.is_spilled) == (0, 0.0, False)
         cache.append((np.ones((1, 2)),))
         cache.append((np.empty((0, 3)),))
-        assert cache.columns()[0].tolist() == [[1.0, 1.0]]
+        assert cache.rows(ALL)[0].tolist() == [[1.0, 1.0]]
 
 
 def test_a_column_that_changes_its_dtype_is_refused(tmp_path: Path) -> None:
@@ -307,7 +309,7 @@ def test_blocks_in_memory_are_let_go_of_when_they_are_joined() -> None:
         tracemalloc.start()
         for index in range(50):
             cache.append((np.full((100, 50), float(index)),))
-        (column,) = cache.columns()
+        (column,) = cache.rows(ALL)
         num_bytes, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert column[:, 3].tolist() == [float(row // 100) for row in range(5000)]

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
 
 from tensorspark.data.decoders import BlockDecoder
+from tensorspark.data.labels import CheckedDecoder
 from tensorspark.driver.evaluation import evaluated
 from tensorspark.errors import WorkerFailedError
 from tensorspark.trainers.keras_model import as_keras_model, keras
@@ -76,9 +77,10 @@ def test_a_row_that_fails_names_partition_and_host(sc: Any) -> None:
     driver_model = as_keras_model(_model())
     columns = driver_model.expected_columns()
     captured = driver_model.capture(columns, driver_model.structure())
-    expected = r"partition 2 on .* failed: FeedError: .* is 3, but .* 3 classes"
+    expected = r"partition 2 on .* failed: FeedError: partition 2, row 4: label .* is 3, but .* 3 classes"
+    decoder = CheckedDecoder(BlockDecoder(columns), captured.labels)
     with pytest.raises(WorkerFailedError, match=expected) as info:
-        evaluated(_blocks(sc, x, y, [0, 10, 31, ROWS]), BlockDecoder(columns), captured, 8)
+        evaluated(_blocks(sc, x, y, [0, 10, 31, ROWS]), decoder, captured, 8)
     assert info.value.partition == 2
     assert "Traceback" in info.value.worker_traceback
 

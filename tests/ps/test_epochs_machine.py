@@ -258,7 +258,7 @@ class EpochWorld(World):
         num_steps = 5 * sum(books.num_published)
         assert order == Order(books.version, decision.order, epoch, num_steps, order.num_workers, books.values)
         if not self.plan.is_bulk:
-            assert order.num_workers == len(books.counted())
+            assert order.num_workers == len(books.awaited())
         attempt = self.clients.get(decision.connection)
         if attempt is None:
             return

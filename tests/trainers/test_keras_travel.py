@@ -14,11 +14,13 @@ import pytest
 
 pytest.importorskip("tensorflow", reason="TensorFlow is not installed")
 
+from tensorspark.data.columns import Column
 from tensorspark.errors import ModelError
 from tensorspark.trainers.keras import Structure
 from tensorspark.trainers.keras_model import as_keras_model, keras
 
 ROOT = Path(__file__).parents[2]
+COLUMNS = (Column("x", (6,), "float32"), Column("y", (), "float32"))
 
 PREAMBLE = """
 import json, pickle, sys
@@ -224,25 +226,21 @@ def _unconfigured() -> Any:
 
 def test_a_model_without_a_config_is_told_what_to_write() -> None:
     driver = as_keras_model(_unconfigured())
-    columns = driver.build_from((np.ones((2, 6), np.float32), np.ones(2, np.float32)), Structure(0, 1))
     with pytest.raises(ModelError, match=r"Unconfigured.*get_config.*function without arguments"):
-        driver.capture(columns, Structure(0, 1))
+        driver.capture(COLUMNS, Structure(0, 1))
 
 
 def test_a_models_options_are_not_replaced_by_their_defaults() -> None:
     model = Defaulted(rate=0.9)
     model.compile("sgd", "mse")
     driver = as_keras_model(model)
-    columns = driver.build_from((np.ones((2, 6), np.float32), np.ones(2, np.float32)), Structure(0, 1))
     with pytest.raises(ModelError, match=r"Defaulted takes rate, .*get_config"):
-        driver.capture(columns, Structure(0, 1))
+        driver.capture(COLUMNS, Structure(0, 1))
 
 
 def test_a_builder_of_a_test_module_travels_where_its_model_cannot() -> None:
     driver = as_keras_model(_unconfigured)
-    columns = driver.build_from((np.ones((2, 6), np.float32), np.ones(2, np.float32)), Structure(0, 1))
-    assert [(column.shape, column.dtype) for column in columns] == [((6,), "float32"), ((), "float32")]
-    captured = driver.capture(columns, Structure(0, 1))
+    captured = driver.capture(COLUMNS, Structure(0, 1))
     trainer = captured.spec.build(captured.content)
     trainer.load(captured.weights)
     x = np.random.default_rng(2).normal(size=(5, 6)).astype(np.float32)
@@ -274,9 +272,7 @@ def test_columns_that_the_model_does_not_take_are_named() -> None:
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     driver = as_keras_model(model)
-    assert not driver.is_built
-    driver.build_from((np.ones((2, 6), np.float32), np.ones(2, np.float32)), Structure(0, 1))
-    assert driver.is_built
+    assert driver.capture(COLUMNS, Structure(0, 1)).spec.layout.specs[0].shape == (6, 1)
     two_heads = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
     two_heads.compile("sgd", "mse")
     other = as_keras_model(two_heads)
