@@ -66,7 +66,7 @@ class Fits:
             )
         return [Epochs(worker.epoch_samples, worker.epoch_seconds) for worker in history.workers]
 
-    def accuracy(self, digits: Digits, staleness: int | None, num_epochs: int, seed: int, combiner: Any) -> float:
+    def accuracy(self, digits: Digits, staleness: int | None, num_epochs: int, seed: int, scales: bool) -> float:
         """On the test set."""
         model = make_model(seed)
         with self._session(model, 16, staleness) as session:
@@ -77,7 +77,7 @@ class Fits:
                 batch_size=BATCH_SIZE,
                 epochs=num_epochs,
                 seed=seed,
-                weight_combiner=combiner,
+                scale_learning_rate=scales,
                 progress=False,
             )
         return test_accuracy(model, *digits.test())

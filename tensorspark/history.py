@@ -42,7 +42,7 @@ class WorkerReport:
         num_refused: pushes that the server refused.
         num_repeated: pushes that came again after a reconnect and were in the weights already.
         epoch_samples, epoch_seconds: rows and duration of the last attempt's finished epochs (of the last 1,000).
-        step_s, sync_s: time in local steps (feeding included), and in pushing, pulling and waiting.
+        step_s, sync_s: time in local steps, and in pushing, pulling and waiting; reading rows is in neither.
         finished: whether the partition was trained to its end.
     """
 

@@ -443,13 +443,22 @@ def test_what_was_fitted_is_evaluated_predicted_saved_and_exported(spark: SqlSes
     np.testing.assert_allclose(served, model.predict(x[:5], verbose=0), rtol=1e-4)
 
 
+@pytest.mark.parametrize("averages_slots", [False, True])
 def test_an_interrupted_fit_is_restored_and_ends_with_the_bits_and_history_of_an_undisturbed_one(
-    spark: SqlSession, tmp_path: Path
+    spark: SqlSession, tmp_path: Path, averages_slots: bool
 ) -> None:
+    """The learning rate that a callback had set before is kept, and averaged slots find their places again."""
     x, y = data()
     df, options = frame(spark, x, y), {"features": "x", "label": "y", "epochs": 4, "validation_split": 0.2}
-    undisturbed, interrupted, restored = classifier(), classifier(), classifier()
-    expected = fit(spark, undisturbed, df, **options)
+    options["average_optimizer_state"] = averages_slots
+    make = (lambda: classifier(keras.optimizers.Adam(0.1))) if averages_slots else classifier
+    undisturbed, interrupted, restored = make(), make(), make()
+
+    class Slower(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            self.model.optimizer.learning_rate = 0.05
+
+    expected = fit(spark, undisturbed, df, callbacks=[Slower()], **options)
 
     def fail(epoch: int, logs: Any) -> None:
         if epoch == 2:
@@ -460,11 +469,17 @@ def test_an_interrupted_fit_is_restored_and_ends_with_the_bits_and_history_of_an
     waiting = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: _wait_for_a_checkpoint(session))
     raised = pytest.raises(ModelError, match=r"LambdaCallback raised OSError in on_epoch_end: the plug was pulled")
     with SparkSession(spark, interrupted, **settings) as session, raised:
-        session.fit(df, callbacks=[waiting, failing], progress=False, seed=3, **options)
+        session.fit(df, callbacks=[Slower(), waiting, failing], progress=False, seed=3, **options)
     other = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     other.compile("sgd", "mse")
     with pytest.raises(CheckpointError, match="of another model"):
         SparkSession.restore(spark, str(session.checkpoint_dir), other)
+    unbuilt = keras.Sequential([keras.layers.Dense(NUM_CLASSES)])
+    unbuilt.compile("sgd", "mse")
+    with pytest.raises(
+        ModelError, match=r"is not built, so that weights have no place in it: begin it with a keras\.Input"
+    ):
+        SparkSession.restore(spark, str(session.checkpoint_dir), unbuilt)
     with SparkSession.restore(spark, str(session.checkpoint_dir), restored) as again:
         with pytest.raises(ConfigError, match=r"validation_split must be 0\.2 as in the checkpoint .* got 0\.25"):
             again.fit(df, progress=False, seed=3, **{**options, "validation_split": 0.25})

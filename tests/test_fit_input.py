@@ -10,8 +10,8 @@ import pytest
 from pyspark.sql import DataFrame
 from pyspark.sql import SparkSession as SqlSession
 
-from tensorspark import SparkSession
-from tensorspark.errors import ModelError, WorkerFailedError
+from tensorspark import ServerAdam, SparkSession
+from tensorspark.errors import ConfigError, ModelError, WorkerFailedError
 from tensorspark.trainers.startup import quiet
 
 with quiet():
@@ -123,3 +123,33 @@ def test_a_metric_that_fails_in_a_step_says_in_the_first_lines_what_and_why(spar
     head = str(info.value).partition("Traceback")[0]
     assert "raised InvalidArgumentError: " in head
     assert "an assertion of ours" in head
+
+
+def test_array_labels_reach_metrics_that_want_a_column(spark: SqlSession) -> None:
+    """A loss of one unit takes numbers; `F1Score` wants arrays of one."""
+    labels = [float(index % 2) for index in range(NUM_ROWS)]
+    df = frame(spark, labels).selectExpr("x", "array(y) as y")
+    model = network(1, "binary_crossentropy", metrics=[keras.metrics.F1Score(threshold=0.5)])
+    assert fit(spark, model, df)["f1_score"][-1] > 0
+    with SparkSession(spark, model) as session:
+        scores = session.evaluate(df, features="x", label="y")
+    rows = df.collect()
+    expected = model.evaluate(np.array([row.x for row in rows]), np.array([row.y for row in rows]), verbose=0)
+    assert [scores["loss"], scores["f1_score"]] == [pytest.approx(value, rel=1e-5) for value in expected[:2]]
+
+
+def test_a_rule_that_cannot_be_kept_from_untrained_state_is_refused(spark: SqlSession) -> None:
+    inputs = keras.Input((2,))
+    hidden = keras.layers.BatchNormalization()(keras.layers.Dense(3)(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(1, dtype="float64")(hidden))
+    model.compile("sgd", "mse")
+    with pytest.raises(ConfigError, match="ServerAdam cannot be kept from weights that are not trained"):
+        fit(spark, model, frame(spark, [1.0] * NUM_ROWS), weight_combiner=ServerAdam(0.1))
+
+
+def test_a_rule_of_the_servers_goes_with_averaged_slots(spark: SqlSession) -> None:
+    model = network(1, "mse", optimizer=keras.optimizers.Adam(0.01))
+    df = frame(spark, [1.0] * NUM_ROWS)
+    losses = fit(spark, model, df, weight_combiner=ServerAdam(0.1), average_optimizer_state=True, epochs=6)["loss"]
+    assert losses[-1] < losses[0] / 2
+    assert int(model.optimizer.iterations.numpy()) == 6 * NUM_ROWS // 2 // OPTIONS["batch_size"]

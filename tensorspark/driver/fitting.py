@@ -22,6 +22,7 @@ from tensorspark.ps.messages import EpochEnd
 from tensorspark.ps.server import ParameterServer
 from tensorspark.weights.averaging import MeanDeltaCombiner
 from tensorspark.weights.combiners import WeightCombiner
+from tensorspark.weights.layout import WeightLayout
 from tensorspark.weights.state_averaging import StateAveragingCombiner
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def fit(engine: Engine, model: FitModel, plan: FitPlan, *, num_threads: int, pro
         nan_is_error=plan.nan_is_error,
         num_threads=num_threads,
     )
-    run_plan = _run_plan(engine, model, plan, rows, num_trained)
+    run_plan = _run_plan(engine, model, plan, rows, captured.spec.layout, num_trained)
     run_plan = replace(run_plan, decoder=CheckedDecoder(run_plan.decoder, captured.labels))
     epochs = _Epochs(engine, model, plan, captured)
     run_plan = replace(run_plan, values=epochs.begin(), notes=_notes(epochs, run_plan.num_first))
@@ -137,7 +138,9 @@ def fit(engine: Engine, model: FitModel, plan: FitPlan, *, num_threads: int, pro
     return replace(history, history=epochs.history, epoch=tuple(range(len(epochs.logs))))
 
 
-def _run_plan(engine: Engine, model: FitModel, plan: FitPlan, rows: Rows, num_trained: int | None) -> RunPlan:
+def _run_plan(
+    engine: Engine, model: FitModel, plan: FitPlan, rows: Rows, layout: WeightLayout, num_trained: int | None
+) -> RunPlan:
     decoder, validation_rdd = rows.feed.decoder, None
     if plan.validation_data is not None:
         held_out = rows_of(plan.validation_data, model, engine.spark_context, lambda: engine.num_slots(1))
@@ -155,7 +158,7 @@ def _run_plan(engine: Engine, model: FitModel, plan: FitPlan, rows: Rows, num_tr
         decoder=decoder,
         num_partitions=arranged.num_partitions,
         num_first=arranged.num_first,
-        combiner=_combiner(plan.combiner, arranged.num_first, num_trained),
+        combiner=_combiner(plan.combiner, arranged.num_first, layout, num_trained),
         shuffle=plan.shuffle,
         num_epochs=plan.epochs,
         batch_size=plan.batch_size,
@@ -188,13 +191,26 @@ def _notes(epochs: _Epochs, num_workers: int) -> tuple[str, ...]:
     return (f"{num_workers} workers, learning rate times {scale:g} (scale_learning_rate=False leaves it as it is)",)
 
 
-def _combiner(given: WeightCombiner | None, num_workers: int, num_trained: int | None) -> WeightCombiner:
-    """The mean of deltas by default, in all modes; with any rule, state that is not trained is averaged."""
+def _combiner(
+    given: WeightCombiner | None, num_workers: int, layout: WeightLayout, num_trained: int | None
+) -> WeightCombiner:
+    """The mean of deltas by default, in all modes. With any rule of deltas, state that is not trained is averaged.
+
+    Raises:
+        ConfigError: the rule cannot be kept from the state, as they lie among each other.
+    """
     if given is None:
         return MeanDeltaCombiner()
     combiner = checked_combiner(given, num_workers)
     if num_trained is None or combiner.pushes != "delta" or isinstance(combiner, MeanDeltaCombiner):
         return combiner
+    try:
+        layout.split(num_trained)
+    except ValueError as error:
+        raise ConfigError(
+            f"{type(combiner).__name__} cannot be kept from weights that are not trained: {error}; leave out "
+            f"weight_combiner, which takes the mean of all"
+        ) from error
     return StateAveragingCombiner(combiner, num_trained)
 
 

@@ -137,7 +137,7 @@ def _as_source(value: Any) -> Source:
 
 
 def labels_of(df: DataFrame, sources: Sequence[Source]) -> list[Label | None]:
-    """What the schema says of the label columns; None where it does not."""
+    """What the schema says of the label columns; None where it says nothing, a length of None where they are arrays."""
     schema = to_arrow_schema(df.schema)
     labels: list[Label | None] = []
     for source in sources:
@@ -150,7 +150,7 @@ def labels_of(df: DataFrame, sources: Sequence[Source]) -> list[Label | None]:
                 f"label column {source[0]!r} holds strings: turn them into class numbers first, with "
                 f"pyspark.ml.feature.StringIndexer for example"
             )
-        labels.append(None if shape is None else (shape, "float32" if dtype == "float64" else dtype))
+        labels.append(((None,) if shape is None else shape, "float32" if dtype == "float64" else dtype))
     return labels
 
 

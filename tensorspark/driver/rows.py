@@ -46,9 +46,7 @@ class FedModel(Protocol):
         self, names: Any = None, labels: Sequence[Label | None] | None = None, *, weighted: bool = False
     ) -> tuple[Column, ...]: ...
 
-    def dataset_decoder(
-        self, dataset_fn: Callable[[Any], Any], context: Any, *, has_labels: bool
-    ) -> tuple[Decoder, bool]: ...
+    def dataset_decoder(self, dataset_fn: Callable[[Any], Any], context: Any) -> tuple[Decoder, bool]: ...
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def rows_of(data: Data, model: FedModel, spark_context: SparkContext, num_slots:
     if callable(data.x):
         _refuse_arrays(data, "a dataset_fn", "have the dataset yield (x, y, sample_weight)")
         num_shards = num_slots()
-        decoder, weighted = model.dataset_decoder(data.x, DatasetContext(0, num_shards), has_labels=True)
+        decoder, weighted = model.dataset_decoder(data.x, DatasetContext(0, num_shards))
         return Rows(dataset_feed(spark_context, decoder, num_shards), decoder.columns, None, weighted)
     return _of_arrays(data, model, spark_context, num_slots())
 

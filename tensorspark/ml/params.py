@@ -29,11 +29,14 @@ def _optional(converter: Any) -> Any:
     return lambda value: None if value is None else converter(value)
 
 
-def _to_count(value: Any) -> int:
-    count = TypeConverters.toInt(value)
-    if count < 1:
-        raise ConfigError(f"expected a count of at least 1, got {value!r}")
-    return count
+def _count(name: str, doc: str) -> Param[Any]:
+    def convert(value: Any) -> int:
+        count = TypeConverters.toInt(value)
+        if count < 1:
+            raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+        return count
+
+    return _param(name, doc, convert)
 
 
 def _to_staleness(value: Any) -> int:
@@ -88,7 +91,7 @@ class KerasParams(HasFeaturesCol, HasPredictionCol, HasProbabilityCol, HasRawPre
         "what the output means: classification, regression, or auto, which goes by the compiled loss",
         _to_task,
     )
-    predictionBatchSize = _param("predictionBatchSize", "rows that transform computes at once", _to_count)
+    predictionBatchSize = _count("predictionBatchSize", "rows that transform computes at once")
 
     _input_kwargs: dict[str, Any]  # of pyspark's keyword_only
 
@@ -136,9 +139,9 @@ class KerasTrainingParams(KerasParams, HasLabelCol, HasWeightCol, HasSeed):
     """What the estimator has more: how it trains."""
 
     model = _param("model", "the compiled Keras model, or a function that builds one", _optional(_to_model))
-    batchSize = _param("batchSize", "rows of a local step", _to_count)
-    epochs = _param("epochs", "passes over the rows", _to_count)
-    syncInterval = _param("syncInterval", "local steps between two synchronizations", _to_count)
+    batchSize = _count("batchSize", "rows of a local step")
+    epochs = _count("epochs", "passes over the rows")
+    syncInterval = _count("syncInterval", "local steps between two synchronizations")
     staleness = _param(
         "staleness", "synchronizations that a worker may lead by; None: any number", _optional(_to_staleness)
     )

@@ -68,9 +68,8 @@ class FittingSession(Session):
             shuffle: shuffles each partition's rows anew in every epoch.
             seed: of shuffles, and of what is random in the model on the workers; None draws one.
             weight_combiner: how the workers' changes are merged; None takes their mean (`MeanDeltaCombiner`). State
-                that is not trained (batch statistics) is averaged by any rule.
-            average_optimizer_state: also synchronizes the optimizer's slots, by the same rule; otherwise each worker
-                has its own.
+                that is not trained (batch statistics) is averaged, whatever the rule for changes.
+            average_optimizer_state: also averages the optimizer's slots; otherwise each worker has its own.
             scale_learning_rate: where workers' changes are averaged, multiplies the learning rate of a Keras optimizer
                 by their number, by 8 at most: n workers take an n-th of the steps that one process does in an epoch,
                 and come as far with steps n times as long (the linear scaling rule of Goyal et al., "Accurate, Large

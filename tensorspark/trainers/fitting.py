@@ -39,7 +39,8 @@ class KerasFit:
     def __init__(self, model: KerasDriverModel) -> None:
         self.model = model
         self.has_optimizer = True
-        self._num_steps_before = 0
+        self._num_steps_more = 0  # than the optimizer has counted
+        self._began_at = 0
 
     def assign(self, layout: WeightLayout, weights: Buffer) -> None:
         self.model.assign(layout, weights)
@@ -59,11 +60,9 @@ class KerasFit:
     ) -> tuple[Column, ...]:
         return self.model.expected_columns(names, labels, weighted=weighted)
 
-    def dataset_decoder(
-        self, dataset_fn: Callable[[Any], Any], context: Any, *, has_labels: bool
-    ) -> tuple[DatasetDecoder, bool]:
+    def dataset_decoder(self, dataset_fn: Callable[[Any], Any], context: Any) -> tuple[DatasetDecoder, bool]:
         inputs = self.model.expected_columns(None, [])
-        outputs = self.model.expected_columns()[len(inputs) :] if has_labels else ()
+        outputs = self.model.expected_columns()[len(inputs) :]
         return dataset_decoder(dataset_fn, context, inputs, outputs)
 
     def structure(self, rows: FedRows) -> Structure:
@@ -103,17 +102,19 @@ class KerasFit:
         self.model.model.export(directory, verbose=False)
 
     def callbacks(self, callbacks: Sequence[Any], num_epochs: int) -> EpochCallbacks:
-        return EpochCallbacks(self.model, callbacks, num_epochs, self._num_steps_before)
+        self._began_at = self.model.iterations
+        return EpochCallbacks(self.model, callbacks, num_epochs, self._began_at + self._num_steps_more)
 
     def advance(self, num_steps: int) -> None:
         """Counts the steps of all workers, for a learning-rate schedule to go on there in the next fit.
 
-        The optimizer's own `iterations` stay: Adam corrects the bias of its slots by them, which begin anew.
+        The optimizer's own `iterations` are other steps: Adam corrects the bias of its slots by them. They begin anew
+        with the slots, and come back with them from workers.
         """
-        self._num_steps_before += num_steps
+        self._num_steps_more += num_steps - (self.model.iterations - self._began_at)
 
     def resume(self, values: Mapping[str, float]) -> None:
         """Takes over what an interrupted fit told its workers: see `EpochCallbacks.values`."""
-        self._num_steps_before = int(values.get("num_steps_before", 0))
+        self._num_steps_more = int(values.get("num_steps_before", 0)) - self.model.iterations
         if "learning_rate" in values and self.model.learning_rate is not None:
             self.model.learning_rate = values["learning_rate"]

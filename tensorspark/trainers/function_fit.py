@@ -58,7 +58,7 @@ class FunctionFit:
     def resume(self, values: Mapping[str, float]) -> None:
         """Workers are told nothing."""
 
-    def dataset_decoder(self, dataset_fn: Callable[[Any], Any], context: Any, *, has_labels: bool) -> NoReturn:
+    def dataset_decoder(self, dataset_fn: Callable[[Any], Any], context: Any) -> NoReturn:
         raise ModelError("dataset_fn is for Keras models: give a FunctionTrainer a DataFrame, an RDD or arrays")
 
 

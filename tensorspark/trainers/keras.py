@@ -133,7 +133,7 @@ class KerasTrainer(FlatTrainer):
             self._model, spec.columns, spec.structure.data, self._flat, clock, self._loss_total()
         )
         self._totals = np.zeros(spec.num_totals)
-        self._first_step, self._num_steps, self._num_workers, self._num_local_steps = 0, 0, 1, 0
+        self._num_steps, self._num_workers, self._num_local_steps = 0, 1, 0
         self._learning_rate: float | None = None
         self._scale = 1.0
 
@@ -142,8 +142,6 @@ class KerasTrainer(FlatTrainer):
         for index, variable in enumerate(self._seeds):
             state = np.random.SeedSequence((seed, partition, index)).generate_state(int(np.prod(variable.shape)))
             variable.assign(state.reshape(variable.shape).astype(variable.dtype))
-        optimizer = self._model.optimizer
-        self._first_step = 0 if optimizer is None else int(optimizer.iterations.numpy())
         self._num_steps, self._num_workers, self._num_local_steps = 0, 1, 0
         self.take_totals()
 
@@ -173,7 +171,7 @@ class KerasTrainer(FlatTrainer):
         """
         before = self._totals
         for stacked in stacked_batches(columns, batch_size):
-            start = self._first_step + self._num_steps + self._num_local_steps * self._num_workers
+            start = self._num_steps + self._num_local_steps * self._num_workers
             self._trained, num_finite, self._totals = self._steps.train(
                 self._take_pending(), start, self._num_workers, stacked, batch_size
             )

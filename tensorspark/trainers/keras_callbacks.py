@@ -44,7 +44,12 @@ class EpochCallbacks:
             if not isinstance(callback, keras.callbacks.Callback):
                 raise ModelError(f"callbacks must be keras.callbacks.Callback objects, got {callback!r}")
             _warn_of_batch_hooks(callback)
-        self._list = keras.callbacks.CallbackList(list(callbacks), model=self._model, epochs=num_epochs, verbose=0)
+        try:
+            self._list = keras.callbacks.CallbackList(list(callbacks), model=self._model, epochs=num_epochs, verbose=0)
+        except Exception as error:  # whatever set_model and set_params raise
+            raise ModelError(
+                f"a callback raised {type(error).__name__} when it was given the model: {error}"
+            ) from error
         self._num_steps_before = num_steps_before
 
     def begin(self) -> None:

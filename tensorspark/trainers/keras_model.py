@@ -100,8 +100,8 @@ class KerasDriverModel:
 
         Args:
             names: the `inputs` of `structure`; such a model's inputs may have any shape, in Keras's default float type.
-            labels: shape and dtype of each output's labels where the data tells; None leaves it to the losses. Empty
-                for none, as predictions need.
+            labels: shape and dtype of each output's labels where the data tells; None leaves it to the losses, and so
+                does an unknown length, but that it is an array. Empty for none, as predictions need.
         """
         inputs = input_columns(self.model, names)
         if labels is not None and not labels:
@@ -110,10 +110,7 @@ class KerasDriverModel:
         given = labels if labels is not None else [None] * len(guessed)
         if len(given) != len(guessed):
             raise ModelError(f"the model has {len(guessed)} outputs, but {len(given)} labels were given")
-        chosen = [
-            column if label is None else Column(column.name, *label)
-            for column, label in zip(guessed, given, strict=True)
-        ]
+        chosen = [_label_column(column, label) for column, label in zip(guessed, given, strict=True)]
         weight = [Column(WEIGHT_COLUMN, (), "float32")] if weighted else []
         return (*inputs, *chosen, *weight)
 
@@ -165,7 +162,19 @@ class KerasDriverModel:
             known[name].assign(view.copy())
 
     def difference(self, layout: WeightLayout) -> str:
-        """Says which of the layout's tensors are not, as they stand there, variables of the model."""
+        """Says which of the layout's tensors are not, as they stand there, variables of the model.
+
+        Raises:
+            ModelError: it has no variables yet.
+        """
+        if not self.model.built:
+            raise ModelError(
+                f"model {self.model.name} is not built, so that weights have no place in it: begin it with a "
+                f"keras.Input, or call model.build(input_shape)"
+            )
+        optimizer = self.model.optimizer
+        if optimizer is not None and not optimizer.built:  # its slots may be among the tensors
+            optimizer.build(self.model.trainable_variables)
         known = self._known()
         have = {name: TensorSpec(name, tuple(v.shape), v.dtype) for name, v in known.items()}
         return "; ".join(
@@ -190,6 +199,12 @@ class KerasDriverModel:
         return dict(_flat_logs(self.model.get_metrics_result()))
 
     @property
+    def iterations(self) -> int:
+        """Steps that the optimizer counts."""
+        optimizer = self.model.optimizer
+        return int(optimizer.iterations.numpy()) if optimizer is not None else 0
+
+    @property
     def learning_rate(self) -> float | None:
         """The optimizer's; None where it is a schedule or a function of its own."""
         optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
@@ -202,6 +217,8 @@ class KerasDriverModel:
         optimizer.learning_rate = rate
 
     def _layout(self, synchronized: Mapping[str, Any]) -> WeightLayout:
+        if not synchronized:
+            raise ModelError(f"model {self.model.name} has no weights: there is nothing to synchronize or broadcast")
         try:
             return WeightLayout(TensorSpec(name, tuple(v.shape), v.dtype) for name, v in synchronized.items())
         except ValueError as error:
@@ -241,8 +258,13 @@ class KerasDriverModel:
 
 
 def _named(variables: Sequence[Any]) -> dict[str, Any]:
-    """Variables by path, the same for each model of this architecture, whatever was built before it in the process."""
+    """Variables by path, the same for each model of this architecture, whatever was built before it in the process.
+
+    Args:
+        variables: an optimizer's slots come after what they are of.
+    """
     counts: Counter[str] = Counter()
+    joined: dict[str, str] = {}  # paths as they stand in the names of slots
     renumbered: dict[tuple[str, str], str] = {}
     num_called: Counter[tuple[str, str]] = Counter()
     named = {}
@@ -257,11 +279,29 @@ def _named(variables: Sequence[Any]) -> dict[str, Any]:
                 num_called[parent, base] += 1
                 renumbered[parent, layer] = f"{parent}{base}_{number}/" if number else f"{parent}{base}/"
             parent = renumbered[parent, layer]
-        path = parent + last
+        path = parent + _renamed_slot(last, joined)
+        joined[variable.path.replace("/", "_")] = path.replace("/", "_")
         number = counts[path]
         counts[path] += 1
         named[f"{path}#{number}" if number else path] = variable
     return named
+
+
+def _renamed_slot(name: str, joined: Mapping[str, str]) -> str:
+    """A slot is called as its variable, and what it is to it: dense_26_kernel_momentum."""
+    end = len(name)
+    while (end := name.rfind("_", 0, end)) > 0:
+        if name[:end] in joined:
+            return joined[name[:end]] + name[end:]
+    return name
+
+
+def _label_column(guessed: Column, label: tuple[tuple[int | None, ...], str] | None) -> Column:
+    if label is None:
+        return guessed
+    if None not in label[0]:
+        return Column(guessed.name, *label)
+    return guessed if guessed.shape != () else Column(guessed.name, (1,), guessed.dtype)
 
 
 def _plain_means(metrics: Sequence[Any]) -> list[Any]:

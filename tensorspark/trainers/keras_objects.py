@@ -126,7 +126,8 @@ class ModelVariables:
         state: float state that training updates otherwise, such as BatchNorm's statistics: synchronized next.
         averages: of the trainable ones, which an optimizer with `use_ema` makes the weights in the end: synchronized
             next.
-        slots: the optimizer's other float variables, but for the learning rate and the loss scale.
+        slots: the optimizer's other float variables, but for the learning rate and the loss scale; and, as the last,
+            its `iterations`, by which Adam corrects their bias.
         local: all others that have a value to begin from: frozen weights, counters, the learning rate.
         seeds: states of the random generators.
     """
@@ -161,8 +162,10 @@ def variables_of(model: keras.Model) -> ModelVariables:
     local = [v for v in weights if not _is_float(v) or id(v) in frozen]
     kept = {"learning_rate", "dynamic_scale"}
     for variable in _unique(model.optimizer.variables) if model.optimizer is not None else []:
-        if id(variable) not in averaged:
+        if id(variable) not in averaged and variable is not inner.iterations:
             (slots if _is_float(variable) and variable.name not in kept else local).append(variable)
+    if inner is not None:
+        slots.append(inner.iterations)
     return ModelVariables(trainable, state, averages, slots, local, seeds)
 
 

@@ -220,12 +220,15 @@ def test_averaged_slots_are_part_of_the_weights() -> None:
     model = _classifier("adam")
     trainer = _trainer(model, average_optimizer_state=True)
     assert trainer._spec.num_trainable == 4
-    assert len(trainer.layout.specs) == 4 + 8
+    assert len(trainer.layout.specs) == 4 + 8 + 1
+    assert trainer.layout.specs[-1].name == "adam/iteration"
     trainer.train((x, y), BATCH)
     _train_in_keras(model, x, y)
     slots = [v.numpy() for v in model.optimizer.variables if v.path.endswith(("momentum", "velocity"))]
-    for got, expected in zip(_tensors(trainer)[4:], slots, strict=True):
+    *tensors, iterations = _tensors(trainer)
+    for got, expected in zip(tensors[4:], slots, strict=True):
         np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-7)
+    assert iterations == model.optimizer.iterations.numpy()
 
 
 def test_the_layout_holds_trainable_weights_then_statistics_and_nothing_frozen() -> None:
