@@ -16,8 +16,8 @@ predict
     rows/s of ``session.predict`` on that DataFrame, written nowhere; against ``model.predict`` on arrays in one process
     a core, in batches of the same size: 64, as in training (the target), 32, the default of Keras, and 256.
 accuracy
-    on the test set, after 3 epochs at ``sync_interval=16``, over the same seeds; against one process with all rows. As
-    `fit` does it by default, the learning rate multiplied by the number of workers, and with the learning rate as it is.
+    on the test set, after 3 epochs at ``sync_interval=16``, over the same seeds; against one process with all rows.
+    With the learning rate multiplied by the number of workers, as `fit` does by default, and left as it is.
 memory
     the most anonymous memory of a worker in two epochs on a partition of 1 GB, over that of a worker that has only
     loaded TensorFlow.

@@ -141,7 +141,7 @@ SETTINGS: tuple[Setting, ...] = (
             "Memory for pushes that the server is receiving (at least one push of the model); when it is full, the "
             "server stops reading."),
     Setting("cache_memory_bytes", "spark.tensorspark.cache.memory", parse_size_bytes, 256 * 2**20, "Memory of a task "
-            "for its decoded partition; a larger one goes to a file under `spark.tmp.dir`."),
+            "for its decoded rows, and as much for held-out ones; what is more goes to a file under `spark.tmp.dir`."),
 )  # fmt: skip
 
 _NONE_IS_A_VALUE = frozenset({"staleness"})
