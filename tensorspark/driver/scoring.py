@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import posixpath
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -102,7 +104,8 @@ def save(content: bytes, url: str, user: str) -> None:
 
 
 def export(write_to: Callable[[str], None], url: str, user: str) -> None:
-    """Writes a directory: made here first, then copied file by file.
+    """Writes a directory that appears whole or not at all, where the filesystem can rename one (S3 cannot): made here
+    first, copied file by file under another name beside it, and renamed.
 
     Args:
         write_to: makes the files in a local directory.
@@ -119,13 +122,21 @@ def export(write_to: Callable[[str], None], url: str, user: str) -> None:
         def copy() -> None:
             if filesystem.exists(path):
                 raise ConfigError(f"{url} exists already: name another directory, or remove it")
-            for file in sorted(directory.rglob("*")):
-                target = posixpath.join(path, file.relative_to(directory).as_posix())
-                if file.is_dir():
-                    filesystem.makedirs(target, exist_ok=True)
-                    continue
-                filesystem.makedirs(posixpath.dirname(target), exist_ok=True)
-                write_then_rename(filesystem, target, [file.read_bytes()])
+            parent, _, name = path.rstrip("/").rpartition("/")
+            temporary = f"{parent}/.{name}.{uuid.uuid4().hex}"
+            try:
+                filesystem.makedirs(temporary, exist_ok=True)
+                for file in sorted(directory.rglob("*")):
+                    target = posixpath.join(temporary, file.relative_to(directory).as_posix())
+                    if file.is_dir():
+                        filesystem.makedirs(target, exist_ok=True)
+                    else:
+                        filesystem.pipe_file(target, file.read_bytes())
+                filesystem.mv(temporary, path, recursive=True)
+            except Exception:
+                with suppress(Exception):
+                    filesystem.rm(temporary, recursive=True)
+                raise
 
         attempt("export the model to", url, copy, TRANSFER_DEADLINE_S, _SETTING)
 
