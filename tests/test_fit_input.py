@@ -42,11 +42,10 @@ def fit(spark: SqlSession, model: keras.Model, df: DataFrame, **options: Any) ->
         return session.fit(df, progress=False, **{**OPTIONS, **options}).history
 
 
-@pytest.mark.parametrize("bad", [3.0, -1.0, 1.5, float("nan")])
-def test_a_label_that_is_no_class_is_named_with_partition_and_row(spark: SqlSession, bad: float) -> None:
+def test_a_label_that_is_no_class_is_named_with_partition_and_row(spark: SqlSession) -> None:
     labels = [float(index % 3) for index in range(NUM_ROWS)]
-    labels[27] = bad
-    message = rf"partition 1, row 7: label y is {bad}, but the model's output has 3 classes"
+    labels[27] = 1.5
+    message = r"partition 1, row 7: label y is 1\.5, but the model's output has 3 classes"
     with pytest.raises(WorkerFailedError, match=message):
         fit(spark, network(3, "sparse_categorical_crossentropy"), frame(spark, labels), shuffle=True)
     df = frame(spark, [0.0] * NUM_ROWS)

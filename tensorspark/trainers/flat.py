@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
@@ -203,3 +204,16 @@ def _array(tensor: tf.Tensor, segment: Segment) -> NDArray[Any]:
     if segment.dtype.kind == "V":
         return np.asarray(tensor.numpy())
     return np.frombuffer(memoryview(tensor), segment.dtype)
+
+
+def pack_content(maker: bytes, values: Sequence[NDArray[Any]]) -> bytes:
+    """What makes a model or a step, packed, and the values of the variables that workers keep to themselves."""
+    arrays = [[value.dtype.name, value.shape, value.tobytes()] for value in values]
+    packed: bytes = msgpack.packb({"maker": maker, "values": arrays})
+    return packed
+
+
+def unpack_content(content: bytes) -> tuple[bytes, list[NDArray[Any]]]:
+    unpacked = msgpack.unpackb(content)
+    values = [np.frombuffer(data, np.dtype(dtype)).reshape(shape) for dtype, shape, data in unpacked["values"]]
+    return unpacked["maker"], values

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,11 +25,13 @@ from tensorspark.trainers.flat import (
     FlatVariables,
     batch_spec,
     owned_tensor,
+    pack_content,
     stacked_batches,
     stacked_spec,
+    unpack_content,
 )
 from tensorspark.trainers.keras_objects import pack_builder, unpack_builder
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import quiet, start
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 
 with quiet():
@@ -87,7 +88,7 @@ class FunctionTrainer:
         weights = layout.pack({name: variable.numpy() for name, variable in named.items()})
         if (name := layout.find_non_finite(weights)) is not None:
             raise ModelError(f"variable {name} holds NaN or infinity before training: initialize it anew")
-        content = _pack_content(pack_builder(self._build), [v.numpy() for v in self._made.local])
+        content = pack_content(pack_builder(self._build), [v.numpy() for v in self._made.local])
         spec = FunctionSpec(
             layout=layout,
             columns=tuple(columns),
@@ -143,12 +144,10 @@ class FunctionWorker(FlatTrainer):
     """A step in an executor's process, made again from `FunctionSpec.build`'s content."""
 
     def __init__(self, spec: FunctionSpec, content: bytes) -> None:
-        with suppress(RuntimeError):  # TensorFlow has started: its threads are as they are
-            tf.config.threading.set_intra_op_parallelism_threads(spec.num_threads)
-            tf.config.threading.set_inter_op_parallelism_threads(spec.num_threads)
+        start(spec.num_threads)
         self._spec = spec
         self.layout, self.columns, self.scalar_names = spec.layout, spec.columns, spec.scalar_names
-        builder, self._values = _unpack_content(content)
+        builder, self._values = unpack_content(content)
         self._made = _Made(unpack_builder(builder))
         self._require_same()
         self._hold(FlatVariables(spec.layout, self._made.variables), reverts=not spec.nan_is_error)
@@ -320,15 +319,3 @@ def _layout(named: Mapping[str, tf.Variable]) -> WeightLayout:
         return WeightLayout(TensorSpec(n, tuple(v.shape), v.dtype.name) for n, v in named.items())
     except ValueError as error:
         raise ModelError(f"the variables that build returns cannot be synchronized: {error}") from error
-
-
-def _pack_content(builder: bytes, values: Sequence[NDArray[Any]]) -> bytes:
-    arrays = [[value.dtype.name, value.shape, value.tobytes()] for value in values]
-    packed: bytes = msgpack.packb({"builder": builder, "values": arrays})
-    return packed
-
-
-def _unpack_content(content: bytes) -> tuple[bytes, list[NDArray[Any]]]:
-    unpacked = msgpack.unpackb(content)
-    values = [np.frombuffer(data, np.dtype(dtype)).reshape(shape) for dtype, shape, data in unpacked["values"]]
-    return unpacked["builder"], values

@@ -6,7 +6,6 @@ function takes one step a batch. Weights come and go as one flat tensor per dtyp
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from numpy.typing import NDArray
 
 from tensorspark.data.columns import Column, Columns
 from tensorspark.errors import ModelError
-from tensorspark.trainers.flat import FlatTrainer, FlatVariables, stacked_batches
+from tensorspark.trainers.flat import FlatTrainer, FlatVariables, stacked_batches, unpack_content
 from tensorspark.trainers.keras_objects import require_tensorflow, unpack_model, variables_of
 from tensorspark.trainers.keras_steps import CompiledSteps, adopt_global_steps, fuse_optimizer
 from tensorspark.trainers.keras_tables import is_built
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import quiet, start
 from tensorspark.weights.layout import Buffer, WeightLayout
 
 with quiet():
@@ -113,9 +112,7 @@ class KerasTrainer(FlatTrainer):
 
     def __init__(self, spec: KerasSpec, content: bytes) -> None:
         require_tensorflow()
-        with contextlib.suppress(RuntimeError):  # TensorFlow has started: its threads are as they are
-            tf.config.threading.set_intra_op_parallelism_threads(spec.num_threads)
-            tf.config.threading.set_inter_op_parallelism_threads(spec.num_threads)
+        start(spec.num_threads)
         self._spec = spec
         self.layout = spec.layout
         self.columns = spec.columns
@@ -268,19 +265,6 @@ def build(model: keras.Model, columns: Sequence[Column], structure: Structure) -
     except Exception as error:  # what a model's own code raises
         described = ", ".join(f"{column.name} ({column})" for column in columns)
         raise ModelError(f"model {model.name} cannot be built for the columns {described}: {error}") from error
-
-
-def pack_content(model: bytes, values: Sequence[NDArray[Any]]) -> bytes:
-    """A packed model and the values of the variables that workers keep to themselves."""
-    arrays = [[value.dtype.name, value.shape, value.tobytes()] for value in values]
-    packed: bytes = msgpack.packb({"model": model, "values": arrays})
-    return packed
-
-
-def unpack_content(content: bytes) -> tuple[bytes, list[NDArray[Any]]]:
-    unpacked = msgpack.unpackb(content)
-    values = [np.frombuffer(data, np.dtype(dtype)).reshape(shape) for dtype, shape, data in unpacked["values"]]
-    return unpacked["model"], values
 
 
 def _kind(path: str, shape: tuple[int, ...], dtype: str, has_name: bool) -> str:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from tensorspark.data.columns import Column
 from tensorspark.errors import ModelError
 from tensorspark.trainers.base import Captured
-from tensorspark.trainers.keras import KerasSpec, Scalar, Structure, build, pack_content
+from tensorspark.trainers.flat import pack_content
+from tensorspark.trainers.keras import KerasSpec, Scalar, Structure, build
 from tensorspark.trainers.keras_columns import (
     checked_labels,
     flat_names,

@@ -156,16 +156,17 @@ def variables_of(model: keras.Model) -> ModelVariables:
     seeds = [v for v in _unique(model.non_trainable_variables) if v.name == "seed_generator_state"]
     state = [v for v in weights if _is_float(v) and id(v) not in frozen]
     inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    count = getattr(inner, "_iterations", None)  # `iterations` is no variable where gradients are accumulated
     averages = [v for v in getattr(inner, "_model_variables_moving_average", []) if v is not None]
     averaged = {id(v) for v in averages}
     slots: list[Any] = []
     local = [v for v in weights if not _is_float(v) or id(v) in frozen]
     kept = {"learning_rate", "dynamic_scale"}
     for variable in _unique(model.optimizer.variables) if model.optimizer is not None else []:
-        if id(variable) not in averaged and variable is not inner.iterations:
+        if id(variable) not in averaged and variable is not count:
             (slots if _is_float(variable) and variable.name not in kept else local).append(variable)
-    if inner is not None:
-        slots.append(inner.iterations)
+    if count is not None:
+        slots.append(count)
     return ModelVariables(trainable, state, averages, slots, local, seeds)
 
 

@@ -1,4 +1,4 @@
-"""Imports TensorFlow without its start-up chatter, which no environment variable turns off."""
+"""Starts TensorFlow without its chatter, which no environment variable turns off."""
 
 from __future__ import annotations
 
@@ -21,6 +21,29 @@ def quiet() -> Iterator[None]:
     if level in _TALKATIVE_LEVELS or "tensorflow" in sys.modules:
         yield
         return
+    with _silence():
+        yield
+
+
+def start(num_threads: int) -> None:
+    """Has TensorFlow, once imported, use so many threads and look for its devices, unless it has started before.
+
+    Where there is no GPU, it would say so on stderr at its first operation, as if that were an error.
+    """
+    import tensorflow as tf
+
+    try:
+        tf.config.threading.set_intra_op_parallelism_threads(num_threads)
+        tf.config.threading.set_inter_op_parallelism_threads(num_threads)
+    except RuntimeError:  # its threads are as they are
+        return
+    with contextlib.nullcontext() if os.environ.get("TF_CPP_MIN_LOG_LEVEL") in _TALKATIVE_LEVELS else _silence():
+        tf.config.list_logical_devices()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps what native code writes to stderr, and shows it only where the block fails."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as kept:
         stderr = os.dup(2)
