@@ -1,8 +1,8 @@
 """How fast Keras training and prediction are on a DataFrame, next to Keras alone on arrays in memory.
 
 The model is 784-128-10 with Adam, in batches of 64, on MNIST (``MNIST_DATA_DIR``) or, without it, on the repository's
-own digits, repeated to 60,000 rows; two Spark workers of one TensorFlow thread each. Measured are, each alone with
-``--only``:
+own digits, repeated to 60,000 rows; two Spark workers (or ``--workers``) of one TensorFlow thread each. Measured are,
+each alone with ``--only``:
 
 rate
     samples/s of both workers from the second epoch on, with what lies between steps and between epochs (exchange, the
@@ -48,7 +48,6 @@ from benchmarks.processes import Peer, seconds_of, started, together
 from benchmarks.report import Report, argument_parser, median_ratio, say
 from benchmarks.softmax import Epochs
 
-_NUM_WORKERS = 2
 _NUM_EPOCHS = 8
 _NUM_ACCURACY_EPOCHS = 3
 _PREDICT_BATCH_SIZES = (BATCH_SIZE, 32, 256)
@@ -66,12 +65,14 @@ class Setting:
 
     Attributes:
         df: the rows, in Spark's memory.
+        num_workers: of Spark, and partitions.
         num_rounds: that rates are measured in.
     """
 
     spark: Spark
     df: DataFrame
     digits: Digits
+    num_workers: int
     num_rounds: int
     report: Report
 
@@ -96,9 +97,9 @@ def main() -> int:
     in_spark = [name for name in chosen if name != "memory"]
     if in_spark:
         say("starting Spark")
-        with keras_spark.spark_session(_NUM_WORKERS) as spark:
-            df = keras_spark.cached_rows(spark, digits, _NUM_WORKERS)
-            setting = Setting(spark, df, digits, 2 if arguments.quick else 5, report)
+        with keras_spark.spark_session(arguments.workers) as spark:
+            df = keras_spark.cached_rows(spark, digits, arguments.workers)
+            setting = Setting(spark, df, digits, arguments.workers, 2 if arguments.quick else 5, report)
             for name in in_spark:
                 _MEASUREMENTS[name](setting)
     if "memory" in chosen:
@@ -109,10 +110,11 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argument_parser(__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(_MEASUREMENTS), help="measure only these")
+    parser.add_argument("--workers", type=int, default=2, help="of Spark, and processes to compare with (default: 2)")
     return parser
 
 
-def _peers(make: Callable[..., Any], digits: Digits, num_shares: int = _NUM_WORKERS) -> list[Peer]:
+def _peers(make: Callable[..., Any], digits: Digits, num_shares: int) -> list[Peer]:
     return [
         Peer(f"{make.__name__} {index}", make, digits, index, num_shares, deadline_s=_DEADLINE_S)
         for index in range(num_shares)
@@ -122,7 +124,7 @@ def _peers(make: Callable[..., Any], digits: Digits, num_shares: int = _NUM_WORK
 def _measure_rate(setting: Setting) -> None:
     ours = keras_spark.Fits(setting.spark, setting.df)
     firsts: list[float] = []
-    fits, steps = _peers(KerasPeer, setting.digits), _peers(StepPeer, setting.digits)
+    fits, steps = (_peers(make, setting.digits, setting.num_workers) for make in (KerasPeer, StepPeer))
 
     def measure(figures: Figures) -> None:
         # What has a target stands next to what it is compared with.
@@ -139,11 +141,12 @@ def _measure_rate(setting: Setting) -> None:
 
     with started(fits), started(steps):
         figures = setting.rounds("rate", measure)
-    names = {"fit": "2 processes, model.fit"}
-    names |= {f"steps {n}": f"2 processes, our trainer, {n} step(s) a call" for n in (1, 16, 100)}
-    names |= {f"ours {n}": f"2 Spark workers, sync_interval {n}" for n in (16, 100)}
+    processes, workers = f"{setting.num_workers} processes", f"{setting.num_workers} Spark workers"
+    names = {"fit": f"{processes}, model.fit"}
+    names |= {f"steps {n}": f"{processes}, our trainer, {n} step(s) a call" for n in (1, 16, 100)}
+    names |= {f"ours {n}": f"{workers}, sync_interval {n}" for n in (16, 100)}
     setting.add_rows(figures, names, "samples/s")
-    setting.report.add("2 Spark workers, first epoch", statistics.median(firsts), "samples/s")
+    setting.report.add(f"{workers}, first epoch", statistics.median(firsts), "samples/s")
     for ours_name, other, target in (
         ("ours 16", "fit", 2.0),
         ("ours 100", "fit", None),
@@ -227,7 +230,7 @@ def _measure_accuracy(setting: Setting) -> None:
     for staleness in _STALENESS:
         for scales, text in ((True, ""), (False, ", learning rate not scaled")):
             points = 100 * (statistics.mean(figures[f"{scales} {staleness}"]) - alone)
-            what = f"test accuracy over that, staleness {staleness}{text}"
+            what = f"test accuracy over that, {setting.num_workers} Spark workers, staleness {staleness}{text}"
             setting.report.add(what, points, "points", at_least=-0.5 if scales else None)
 
 

@@ -69,26 +69,25 @@ def run_partition(job: WorkerJob, partition: int, attempt: int, rows: Iterable[A
     Raises:
         TensorsparkError: whatever stopped the training; the server has been told.
     """
-    rows = iter(rows)
+    rows, was_stopped = iter(rows), False
     with ParameterClient(job.address) as client:
         try:
             registration = Registration(job.run, partition, attempt, job.spec.layout.fingerprint, socket.gethostname())
             granted = client.register(registration)
             if not granted.finished:
-                rows = _train(job, partition, rows, client, granted)
+                was_stopped = _train(job, partition, rows, client, granted)
         except (RunStoppedError, FeedLostError, LeaseLostError):  # nothing to report: Spark tries again where it may
             raise
         except (Exception, SystemExit) as error:  # code that makes the rows may call sys.exit
             client.report(f"{type(error).__name__}: {error}", traceback.format_exc())
             raise
-    for _ in rows:
-        pass
+    if not was_stopped:
+        for _ in rows:
+            pass
 
 
-def _train(
-    job: WorkerJob, partition: int, rows: Iterator[Any], client: ParameterClient, granted: Granted
-) -> Iterator[Any]:
-    """Returns the rows that are still to be read."""
+def _train(job: WorkerJob, partition: int, rows: Iterator[Any], client: ParameterClient, granted: Granted) -> bool:
+    """Returns whether the run was stopped in the middle of an epoch."""
     trainer = obtain(job.spec, job.content)
     trainer.reset(partition, job.seed)
     with _cache(job) as cache, _cache(job) as validation_cache:
@@ -116,10 +115,7 @@ def _train(
             step_s=clock.step_s,
             sync_s=exchange.sync_s,
         )
-        if loop.was_stopped:
-            return iter(())
-        feed.drain()
-    return rows
+        return loop.was_stopped
 
 
 def _cache(job: WorkerJob) -> EpochCache:

@@ -19,6 +19,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import SparkSession as SqlSession
 
 from tensorspark import DeltaWeightCombiner, FunctionTrainer, MeanDeltaCombiner, ServerAdam, SparkSession
+from tensorspark.driver.checkpoints import CheckpointDirectory
 from tensorspark.errors import CheckpointError, ConfigError, FeedError, ModelError, WorkerFailedError
 from tensorspark.trainers.startup import quiet
 
@@ -388,7 +389,8 @@ def test_a_stop_in_the_middle_of_an_epoch_reaches_the_workers_at_once(spark: Sql
             watch.start()
 
         def wait_for_steps(self) -> None:
-            while not marker.exists():
+            deadline = time.monotonic() + 60
+            while not marker.exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
             self.model.stop_training = True
 
@@ -466,7 +468,7 @@ def test_an_interrupted_fit_is_restored_and_ends_with_the_bits_and_history_of_an
 
     settings = {**SETTINGS, "hdfs_dir": str(tmp_path), "checkpoint_interval_s": 0.05}
     failing = keras.callbacks.LambdaCallback(on_epoch_end=fail)
-    waiting = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: _wait_for_a_checkpoint(session))
+    waiting = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: _wait_for_a_checkpoint(session, epoch))
     raised = pytest.raises(ModelError, match=r"LambdaCallback raised OSError in on_epoch_end: the plug was pulled")
     with SparkSession(spark, interrupted, **settings) as session, raised:
         session.fit(df, callbacks=[Slower(), waiting, failing], progress=False, seed=3, **options)
@@ -488,10 +490,12 @@ def test_an_interrupted_fit_is_restored_and_ends_with_the_bits_and_history_of_an
     assert history.history == expected.history
 
 
-def _wait_for_a_checkpoint(session: SparkSession) -> None:
-    directory = Path(str(session.checkpoint_dir))
+def _wait_for_a_checkpoint(session: SparkSession, epoch: int) -> None:
+    """Of that epoch, so with what callbacks had set at the end of the one before."""
+    url = str(session.checkpoint_dir)
     deadline = time.monotonic() + 30
-    while not list(directory.glob("*.msgpack")) and time.monotonic() < deadline:
+    while not list(Path(url).glob("*.msgpack")) or CheckpointDirectory(url).read_newest().epochs.epoch < epoch:
+        assert time.monotonic() < deadline, f"no checkpoint of epoch {epoch}"
         time.sleep(0.02)
 
 

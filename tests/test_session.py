@@ -29,6 +29,7 @@ from tensorspark.errors import (
     StagingError,
     WorkerFailedError,
 )
+from tensorspark.ps.rounds import Rounds
 from tensorspark.ps.server import ParameterServer
 from tensorspark.trainers.startup import quiet
 from tests.regression import TRUE_W, W0, Regression, build, rows_of, run, sgd
@@ -345,7 +346,7 @@ def test_an_interrupt_ends_job_and_server_and_leaves_a_session_that_runs_again(
 
 
 def test_an_interrupt_does_not_wait_for_a_checkpoint_of_a_round_that_never_ends(
-    sc: SparkContext, model: Regression, tmp_path: Path
+    sc: SparkContext, model: Regression, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def hang(index: int, rows: Any) -> Iterator[Any]:
         for number, row in enumerate(rows):
@@ -355,12 +356,19 @@ def test_an_interrupt_does_not_wait_for_a_checkpoint_of_a_round_that_never_ends(
 
     def interrupt() -> None:
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not ((status := session.status()) and status.num_steps == 7):
+        while time.monotonic() < deadline and not (
+            (status := session.status()) and status.num_steps == 7 and any(not cut.done() for cut in cuts)
+        ):
             time.sleep(0.05)
-        time.sleep(0.5)  # a checkpoint is due by now, and waits for the round to end
         interrupted_at.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGINT)
 
+    def between_rounds(rounds: Rounds, cut: Any) -> Any:
+        cuts.append(ask(rounds, cut))
+        return cuts[-1]
+
+    ask, cuts = Rounds.between_rounds, []
+    monkeypatch.setattr(Rounds, "between_rounds", between_rounds)
     interrupted_at: list[float] = []
     settings: dict[str, Any] = {"staleness": 0, "batch_size": 1, "sync_interval": 1}
     with SparkSession(sc, model.session, hdfs_dir=str(tmp_path), checkpoint_interval_s=0.1, **settings) as session:
@@ -368,6 +376,7 @@ def test_an_interrupt_does_not_wait_for_a_checkpoint_of_a_round_that_never_ends(
         with pytest.raises(KeyboardInterrupt):
             run(session, model, sc.parallelize(rows_of(20), 2).mapPartitionsWithIndex(hang))
         assert time.monotonic() - interrupted_at[0] < 15
+        assert cuts[-1].cancelled()
         assert not [thread for thread in threading.enumerate() if thread.name == "tensorspark-checkpoint"]
 
 

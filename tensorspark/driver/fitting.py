@@ -50,13 +50,7 @@ class Callbacks(Protocol):
 
 
 class FitModel(FedModel, Protocol):
-    """What `fit` needs of a model on the driver.
-
-    Attributes:
-        has_optimizer: whose learning rate `fit` may set.
-    """
-
-    has_optimizer: bool
+    """What `fit` needs of a model on the driver."""
 
     def assign(self, layout: Any, weights: Any) -> None: ...
     def difference(self, layout: Any) -> str: ...
@@ -64,7 +58,7 @@ class FitModel(FedModel, Protocol):
     def captured(
         self, rows: Any, *, average_optimizer_state: bool, nan_is_error: bool, num_threads: int
     ) -> tuple[Captured, int | None]: ...
-    def callbacks(self, callbacks: Sequence[Any], num_epochs: int) -> Callbacks: ...
+    def callbacks(self, callbacks: Sequence[Any], num_epochs: int, max_learning_rate_scale: float) -> Callbacks: ...
     def advance(self, num_steps: int) -> None: ...
     def resume(self, values: Mapping[str, float]) -> None: ...
 
@@ -99,7 +93,7 @@ class FitPlan:
 
     @property
     def max_learning_rate_scale(self) -> float:
-        """What a learning rate is multiplied by at most: 1 where the rule takes no mean, but adds up, say."""
+        """What a learning rate is multiplied by at most: 1 where the rule is another than the mean."""
         takes_mean = self.combiner is None or isinstance(self.combiner, MeanDeltaCombiner)
         return _MAX_LEARNING_RATE_SCALE if self.scale_learning_rate and takes_mean else 1.0
 
@@ -128,10 +122,10 @@ def fit(engine: Engine, model: FitModel, plan: FitPlan, *, num_threads: int, pro
         nan_is_error=plan.nan_is_error,
         num_threads=num_threads,
     )
-    run_plan = _run_plan(engine, model, plan, rows, captured.spec.layout, num_trained)
-    run_plan = replace(run_plan, decoder=CheckedDecoder(run_plan.decoder, captured.labels))
+    run_plan = _run_plan(engine, model, plan, rows, captured, num_trained)
     epochs = _Epochs(engine, model, plan, captured)
-    run_plan = replace(run_plan, values=epochs.begin(), notes=_notes(epochs, run_plan.num_first))
+    values = epochs.begin()
+    run_plan = replace(run_plan, values=values, notes=_notes(values, run_plan.num_first))
     history = engine.train(model, captured, run_plan, progress=progress, epochs=epochs, planned=epochs.planned)
     model.advance(history.num_steps)
     epochs.end()
@@ -139,7 +133,7 @@ def fit(engine: Engine, model: FitModel, plan: FitPlan, *, num_threads: int, pro
 
 
 def _run_plan(
-    engine: Engine, model: FitModel, plan: FitPlan, rows: Rows, layout: WeightLayout, num_trained: int | None
+    engine: Engine, model: FitModel, plan: FitPlan, rows: Rows, captured: Captured, num_trained: int | None
 ) -> RunPlan:
     decoder, validation_rdd = rows.feed.decoder, None
     if plan.validation_data is not None:
@@ -155,10 +149,10 @@ def _run_plan(
     _warn_of_idle_slots(engine, arranged.num_partitions)
     return RunPlan(
         feed_rdd=arranged.feed_rdd,
-        decoder=decoder,
+        decoder=CheckedDecoder(decoder, captured.labels),
         num_partitions=arranged.num_partitions,
         num_first=arranged.num_first,
-        combiner=_combiner(plan.combiner, arranged.num_first, layout, num_trained),
+        combiner=_combiner(plan.combiner, arranged.num_first, captured.spec.layout, num_trained),
         shuffle=plan.shuffle,
         num_epochs=plan.epochs,
         batch_size=plan.batch_size,
@@ -184,8 +178,8 @@ def _warn_of_idle_slots(engine: Engine, num_partitions: int) -> None:
         )
 
 
-def _notes(epochs: _Epochs, num_workers: int) -> tuple[str, ...]:
-    scale = min(epochs.max_scale, num_workers)
+def _notes(values: Mapping[str, float], num_workers: int) -> tuple[str, ...]:
+    scale = min(values.get("max_learning_rate_scale", 1.0), num_workers)
     if scale <= 1:
         return ()
     return (f"{num_workers} workers, learning rate times {scale:g} (scale_learning_rate=False leaves it as it is)",)
@@ -223,7 +217,7 @@ class _Epochs:
         self._layout = captured.spec.layout
         if engine.restored is not None and engine.restored.epochs is not None:
             model.resume(engine.restored.epochs.values)
-        self._callbacks = model.callbacks(plan.callbacks, plan.epochs)
+        self._callbacks = model.callbacks(plan.callbacks, plan.epochs, plan.max_learning_rate_scale)
         self.logs: list[Logs] = []
         # Read for checkpoints, on another thread: replaced whole.
         self.planned: dict[str, Any] = {"epoch_logs": "[]"}
@@ -240,7 +234,7 @@ class _Epochs:
         """Returns what workers are told in the first epoch."""
         self._callbacks.begin()
         self._callbacks.begin_epoch(len(self.logs))
-        return self._values
+        return self._callbacks.values
 
     def end_epoch(self, server: ParameterServer, end: EpochEnd) -> None:
         """See `EpochDriver.end_epoch`."""
@@ -250,7 +244,7 @@ class _Epochs:
         is_over = self.wants_stop or end.epoch + 1 >= self._plan.epochs
         if not is_over:
             self._callbacks.begin_epoch(end.epoch + 1)
-        server.release_epoch(end.epoch, self._values, finish=is_over)
+        server.release_epoch(end.epoch, self._callbacks.values, finish=is_over)
 
     @property
     def wants_stop(self) -> bool:
@@ -259,15 +253,6 @@ class _Epochs:
 
     def end(self) -> None:
         self._callbacks.end(self.logs[-1] if self.logs else {})
-
-    @property
-    def max_scale(self) -> float:
-        """What workers multiply a learning rate by at most."""
-        return self._plan.max_learning_rate_scale if self._model.has_optimizer else 1.0
-
-    @property
-    def _values(self) -> dict[str, float]:
-        return self._callbacks.values | {"max_learning_rate_scale": self.max_scale}
 
     def _take_weights(self, server: ParameterServer) -> None:
         weights = self._layout.allocate()

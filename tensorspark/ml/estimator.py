@@ -40,7 +40,8 @@ class KerasEstimator(Estimator[KerasModel], KerasTrainingParams, MLWritable, MLR
         inputCols: for several inputs, instead: a column, or a list of number columns, for each input's name.
         labelCol: numbers; strings go through a StringIndexer first.
         predictionCol, probabilityCol, rawPredictionCol, task, predictionBatchSize: see `KerasModel`.
-        batchSize, epochs, syncInterval, staleness, shuffle, seed, callbacks, progress: see `SparkSession.fit`.
+        batchSize, epochs, syncInterval, staleness, shuffle, scaleLearningRate, seed, callbacks, progress: see
+            `SparkSession.fit`.
         validationFraction: part of each partition that is held out and evaluated at the end of each epoch.
         weightCol: weights of the rows.
         sessionOptions: more arguments of `SparkSession`, such as ``{"hdfs_dir": "hdfs:///staging"}``.

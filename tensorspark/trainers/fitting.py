@@ -38,7 +38,6 @@ class KerasFit:
 
     def __init__(self, model: KerasDriverModel) -> None:
         self.model = model
-        self.has_optimizer = True
         self._num_steps_more = 0  # than the optimizer has counted
         self._began_at = 0
 
@@ -101,9 +100,13 @@ class KerasFit:
         """As a SavedModel."""
         self.model.model.export(directory, verbose=False)
 
-    def callbacks(self, callbacks: Sequence[Any], num_epochs: int) -> EpochCallbacks:
+    def callbacks(self, callbacks: Sequence[Any], num_epochs: int, max_learning_rate_scale: float) -> EpochCallbacks:
         self._began_at = self.model.iterations
-        return EpochCallbacks(self.model, callbacks, num_epochs, self._began_at + self._num_steps_more)
+        told = {
+            "num_steps_before": float(self._began_at + self._num_steps_more),
+            "max_learning_rate_scale": max_learning_rate_scale,
+        }
+        return EpochCallbacks(self.model, callbacks, num_epochs, told)
 
     def advance(self, num_steps: int) -> None:
         """Counts the steps of all workers, for a learning-rate schedule to go on there in the next fit.

@@ -19,7 +19,6 @@ class FunctionFit:
     """A training function, fitted on columns as they come: inputs, labels and weights are its step's arguments."""
 
     is_free = True
-    has_optimizer = False
 
     def __init__(self, trainer: FunctionTrainer) -> None:
         self.trainer = trainer
@@ -47,7 +46,7 @@ class FunctionFit:
         self._scalar_names = captured.spec.scalar_names  # type: ignore[attr-defined]
         return captured, None
 
-    def callbacks(self, callbacks: Sequence[Any], num_epochs: int) -> NoCallbacks:
+    def callbacks(self, callbacks: Sequence[Any], num_epochs: int, max_learning_rate_scale: float) -> NoCallbacks:
         if callbacks:
             raise ModelError("callbacks are for Keras models: a FunctionTrainer has none")
         return NoCallbacks()

@@ -31,12 +31,15 @@ class EpochCallbacks:
     held-out rows), ``on_epoch_end`` and ``on_train_end``; the model holds the epoch's weights from ``on_test_begin``
     on. Those of single batches are not: a warning names the callbacks that define one.
 
+    Args:
+        told: values for the workers that stay as they are.
+
     Raises:
         ModelError: (any method) a callback raised: names it.
     """
 
     def __init__(
-        self, model: KerasDriverModel, callbacks: Sequence[Any], num_epochs: int, num_steps_before: int = 0
+        self, model: KerasDriverModel, callbacks: Sequence[Any], num_epochs: int, told: Mapping[str, float]
     ) -> None:
         self._model = model.model
         self._driver_model = model
@@ -50,7 +53,7 @@ class EpochCallbacks:
             raise ModelError(
                 f"a callback raised {type(error).__name__} when it was given the model: {error}"
             ) from error
-        self._num_steps_before = num_steps_before
+        self._told = told
 
     def begin(self) -> None:
         self._model.stop_training = False
@@ -77,10 +80,9 @@ class EpochCallbacks:
 
     @property
     def values(self) -> dict[str, float]:
-        """What workers are told with their weights: steps of earlier fits, and what callbacks may have changed."""
+        """What workers are told with their weights: what stays, and what callbacks may have changed."""
         rate = self._driver_model.learning_rate
-        values = {"num_steps_before": float(self._num_steps_before)}
-        return values if rate is None else values | {"learning_rate": rate}
+        return dict(self._told) if rate is None else {**self._told, "learning_rate": rate}
 
     def _call(self, hook: str, *arguments: Any) -> None:
         for callback in self._list.callbacks:

@@ -23,16 +23,17 @@ _NUM_KEPT = 8
 
 class GlobalSteps(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
     """A schedule that is asked for the step of all workers, not the optimizer's own, which Adam's bias correction
-    goes on to count; `scale` multiplies what it says."""
+    goes on to count; or a function without arguments. `scale` multiplies what it says."""
 
-    def __init__(self, schedule: keras.optimizers.schedules.LearningRateSchedule) -> None:
+    def __init__(self, schedule: Callable[..., Any]) -> None:
         self.schedule = schedule
         self.step = tf.Variable(0, dtype=tf.int64, trainable=False, name="global_step")
         self.scale = tf.Variable(1.0, trainable=False, name="learning_rate_scale")
 
     def __call__(self, step: Any) -> Any:
         del step
-        rate = self.schedule(self.step)
+        is_schedule = isinstance(self.schedule, keras.optimizers.schedules.LearningRateSchedule)
+        rate = tf.convert_to_tensor(self.schedule(self.step) if is_schedule else self.schedule())
         return rate * tf.cast(self.scale, rate.dtype)
 
     def get_config(self) -> dict[str, Any]:
@@ -40,10 +41,10 @@ class GlobalSteps(keras.optimizers.schedules.LearningRateSchedule):  # type: ign
 
 
 def adopt_global_steps(optimizer: Any) -> GlobalSteps | None:
-    """Makes a schedule of the optimizer's learning rate count global steps; None where it has no schedule."""
+    """Makes a schedule of the optimizer's learning rate count global steps; None where the rate is a number."""
     inner = _innermost(optimizer)
     schedule = getattr(inner, "_learning_rate", None)
-    if not isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+    if isinstance(schedule, keras.Variable) or not callable(schedule):
         return None
     clock = GlobalSteps(schedule)
     inner.learning_rate = clock

@@ -111,7 +111,7 @@ def test_the_feed_is_reported_with_its_target(spark: Spark, digits: keras_digits
     df = keras_memory.large_partition(spark, 300 * 4 * 784)
     report = Report("test", ["numpy"])
 
-    keras._measure_feed(keras.Setting(spark, df, digits, 1, report))
+    keras._measure_feed(keras.Setting(spark, df, digits, 1, 1, report))
 
     rows = {row.name: row for row in report.rows}
     counted, fed = "DataFrame to mapInArrow that counts", "DataFrame to trainer that counts, shuffled"

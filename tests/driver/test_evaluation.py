@@ -14,22 +14,8 @@ from tensorspark.data.decoders import BlockDecoder
 from tensorspark.data.labels import CheckedDecoder
 from tensorspark.driver.evaluation import evaluated
 from tensorspark.errors import WorkerFailedError
-from tensorspark.trainers.keras_model import as_keras_model, keras
-
-ROWS, WIDTH = 43, 4
-
-
-def _model(units: int = 3, seed: int = 5) -> Any:
-    keras.utils.set_random_seed(seed)
-    layers = [keras.layers.Dense(6, activation="tanh"), keras.layers.Dense(units, activation="softmax")]
-    model = keras.Sequential([keras.Input((WIDTH,)), *layers])
-    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
-    return model
-
-
-def _data(seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.default_rng(seed)
-    return random.normal(size=(ROWS, WIDTH)).astype(np.float32), random.integers(0, 3, ROWS)
+from tensorspark.trainers.keras_model import as_keras_model
+from tests.driver.models import ROWS, make_data, make_model
 
 
 def _blocks(sc: Any, x: np.ndarray, y: np.ndarray, bounds: list[int]) -> Any:
@@ -38,8 +24,8 @@ def _blocks(sc: Any, x: np.ndarray, y: np.ndarray, bounds: list[int]) -> Any:
 
 
 def test_totals_over_partitions_are_keras_metrics(sc: Any) -> None:
-    x, y = _data()
-    model = _model()
+    x, y = make_data()
+    model = make_model()
     driver_model = as_keras_model(model)
     columns, structure = driver_model.expected_columns(), driver_model.structure()
     captured = driver_model.capture(columns, structure)
@@ -52,8 +38,8 @@ def test_totals_over_partitions_are_keras_metrics(sc: Any) -> None:
 
 
 def test_an_evaluation_after_other_weights_uses_its_own(sc: Any) -> None:
-    x, y = _data()
-    model = _model()
+    x, y = make_data()
+    model = make_model()
     driver_model = as_keras_model(model)
     columns, structure = driver_model.expected_columns(), driver_model.structure()
     rdd = _blocks(sc, x, y, [0, 20, ROWS])
@@ -64,7 +50,7 @@ def test_an_evaluation_after_other_weights_uses_its_own(sc: Any) -> None:
 
 
 def test_nothing_to_evaluate_gives_no_totals(sc: Any) -> None:
-    driver_model = as_keras_model(_model())
+    driver_model = as_keras_model(make_model())
     columns = driver_model.expected_columns()
     captured = driver_model.capture(columns, driver_model.structure())
     totals, num_samples = evaluated(sc.parallelize([], 2), BlockDecoder(columns), captured, 8)
@@ -72,9 +58,9 @@ def test_nothing_to_evaluate_gives_no_totals(sc: Any) -> None:
 
 
 def test_a_row_that_fails_names_partition_and_host(sc: Any) -> None:
-    x, y = _data()
+    x, y = make_data()
     y[35] = 3
-    driver_model = as_keras_model(_model())
+    driver_model = as_keras_model(make_model())
     columns = driver_model.expected_columns()
     captured = driver_model.capture(columns, driver_model.structure())
     expected = r"partition 2 on .* failed: FeedError: partition 2, row 4: label .* is 3, but .* 3 classes"
@@ -89,7 +75,7 @@ def test_rows_that_cannot_be_made_fail_the_evaluation(sc: Any) -> None:
     def broken(index: int) -> Any:
         raise RuntimeError(f"no data behind {index}")
 
-    driver_model = as_keras_model(_model())
+    driver_model = as_keras_model(make_model())
     columns = driver_model.expected_columns()
     captured = driver_model.capture(columns, driver_model.structure())
     rdd = sc.parallelize([7], 1).map(broken)

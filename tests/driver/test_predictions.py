@@ -30,21 +30,7 @@ from tensorspark.driver.predictions import predicted
 from tensorspark.errors import ConfigError, FeedError, ModelError
 from tensorspark.trainers.keras_files import for_predictions, output_columns
 from tensorspark.trainers.keras_model import as_keras_model, keras
-
-ROWS, WIDTH = 43, 4
-
-
-def _model(units: int = 3, seed: int = 5) -> Any:
-    keras.utils.set_random_seed(seed)
-    layers = [keras.layers.Dense(6, activation="tanh"), keras.layers.Dense(units, activation="softmax")]
-    model = keras.Sequential([keras.Input((WIDTH,)), *layers])
-    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
-    return model
-
-
-def _data(seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.default_rng(seed)
-    return random.normal(size=(ROWS, WIDTH)).astype(np.float32), random.integers(0, 3, ROWS)
+from tests.driver.models import ROWS, WIDTH, make_data, make_model
 
 
 def _frame(spark: SparkSession, x: np.ndarray, num_partitions: int = 3) -> Any:
@@ -71,8 +57,8 @@ def _predicted(df: Any, model: Any, outputs: tuple[str, ...] = ("p",), source: s
 
 
 def test_predictions_are_keras_predictions_and_the_rows_are_untouched(spark: SparkSession) -> None:
-    x, _ = _data()
-    model, df = _model(), _frame(spark, x)
+    x, _ = make_data()
+    model, df = make_model(), _frame(spark, x)
     predictions = _predicted(df, model)
     rows = predictions.collect()
     assert [row[:4] for row in rows] == [tuple(row) for row in df.collect()]
@@ -80,9 +66,9 @@ def test_predictions_are_keras_predictions_and_the_rows_are_untouched(spark: Spa
 
 
 def test_the_schema_is_the_announced_one_before_and_after(spark: SparkSession) -> None:
-    x, _ = _data()
+    x, _ = make_data()
     df = _frame(spark, x)
-    predictions = _predicted(df, _model(), source="vector")
+    predictions = _predicted(df, make_model(), source="vector")
     expected = [*df.schema.fields, StructField("p", ArrayType(FloatType(), containsNull=False))]
     assert predictions.schema == StructType(expected)
     arrow = predictions.toArrow().schema
@@ -90,8 +76,8 @@ def test_the_schema_is_the_announced_one_before_and_after(spark: SparkSession) -
 
 
 def test_partitions_without_rows_and_batches_of_one_row_predict(spark: SparkSession) -> None:
-    x, _ = _data()
-    model = _model()
+    x, _ = make_data()
+    model = make_model()
     df = _frame(spark, x[:2], num_partitions=5)
     spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", "1")
     try:
@@ -119,7 +105,7 @@ def test_several_outputs_of_every_rank_become_columns(spark: SparkSession) -> No
     index = keras.ops.argmax(grid, axis=(-1))
     model = keras.Model(inputs, [score, grid, index])
     model.compile("sgd", ["mse", "mse", None])
-    x, _ = _data()
+    x, _ = make_data()
     predictions = _predicted(_frame(spark, x), model, ("score", "grid", "index"))
     nested = ArrayType(ArrayType(FloatType(), containsNull=False), containsNull=False)
     types = {field.name: field.dataType for field in predictions.schema.fields[4:]}
@@ -133,8 +119,8 @@ def test_several_outputs_of_every_rank_become_columns(spark: SparkSession) -> No
 
 
 def test_a_dataframe_keeps_the_weights_it_was_made_with(spark: SparkSession) -> None:
-    x, _ = _data()
-    model, df = _model(), _frame(spark, x)
+    x, _ = make_data()
+    model, df = make_model(), _frame(spark, x)
     before = _predicted(df, model)
     first = model.predict(x, verbose=0)
     model.set_weights([weight * -2.0 for weight in model.get_weights()])
@@ -147,32 +133,32 @@ def test_a_dataframe_keeps_the_weights_it_was_made_with(spark: SparkSession) -> 
 
 @pytest.mark.parametrize("name", ["name", "NAME"])
 def test_a_column_that_is_there_already_is_refused(spark: SparkSession, name: str) -> None:
-    x, _ = _data()
+    x, _ = make_data()
     with pytest.raises(ConfigError, match=f"has a column '{name}' already"):
-        _predicted(_frame(spark, x), _model(), (name,))
+        _predicted(_frame(spark, x), make_model(), (name,))
 
 
 def test_columns_that_share_a_name_are_refused(spark: SparkSession) -> None:
-    x, _ = _data()
+    x, _ = make_data()
     df = _frame(spark, x)
     with pytest.raises(ConfigError, match="2 columns 'id'"):
-        _predicted(df.select("id", "id", "x"), _model())
+        _predicted(df.select("id", "id", "x"), make_model())
 
 
 def test_a_missing_or_unfit_column_fails_before_a_task(spark: SparkSession) -> None:
-    x, _ = _data()
+    x, _ = make_data()
     with pytest.raises(FeedError, match="no column 'vectr': did you mean 'vector'"):
-        _predicted(_frame(spark, x), _model(), source="vectr")
+        _predicted(_frame(spark, x), make_model(), source="vectr")
     with pytest.raises(FeedError, match="column 'name'"):
-        _predicted(_frame(spark, x), _model(), source="name")
+        _predicted(_frame(spark, x), make_model(), source="name")
 
 
 def test_a_row_that_does_not_fit_is_named(spark: SparkSession) -> None:
-    x, _ = _data()
+    x, _ = make_data()
     rows = [(row.tolist()[: WIDTH - (i == 7)],) for i, row in enumerate(x[:10])]
     df = spark.createDataFrame(spark.sparkContext.parallelize(rows, 2), "x array<float>")
     with pytest.raises(PySparkException, match=r"partition 1, row 2.*length 3 instead of 4"):
-        _predicted(df, _model()).collect()
+        _predicted(df, make_model()).collect()
 
 
 def test_an_output_without_a_spark_type_is_refused() -> None:
@@ -198,8 +184,8 @@ def test_strings_reach_arrow_as_text() -> None:
 
 
 def test_predictions_are_computed_once_however_often_they_are_used(spark: SparkSession) -> None:
-    x, _ = _data()
-    model = _model()
+    x, _ = make_data()
+    model = make_model()
     predictions = _predicted(_frame(spark, x), model)
     likely = predictions.filter("p[0] > 0.2 and p[1] > 0").selectExpr("p[0] + p[1] as q", "p").filter("q > 0.1")
     plan = likely._jdf.queryExecution().executedPlan().toString()
@@ -209,15 +195,15 @@ def test_predictions_are_computed_once_however_often_they_are_used(spark: SparkS
 
 
 def test_predictions_that_nobody_uses_are_not_computed(spark: SparkSession) -> None:
-    x, _ = _data()
-    predictions = _predicted(_frame(spark, x), _model()).select("id")
+    x, _ = make_data()
+    predictions = _predicted(_frame(spark, x), make_model()).select("id")
     assert "ArrowEvalPython" not in predictions._jdf.queryExecution().executedPlan().toString()
     assert predictions.count() == ROWS
 
 
 def test_other_columns_may_be_of_types_that_arrow_cannot_carry(spark: SparkSession) -> None:
-    x, _ = _data()
-    model = _model()
+    x, _ = make_data()
+    model = make_model()
     df = _frame(spark, x).withColumn("odd.`name`", sql.expr("make_ym_interval(1, id)"))
     predictions = _predicted(df, model)
     assert predictions.columns == [*df.columns, "p"]
@@ -230,7 +216,7 @@ def test_other_columns_may_be_of_types_that_arrow_cannot_carry(spark: SparkSessi
 
 @pytest.mark.parametrize("name", ["x.y", "a `b`", "sum(x)"])
 def test_columns_of_any_name_are_read(spark: SparkSession, name: str) -> None:
-    x, _ = _data()
-    model = _model()
+    x, _ = make_data()
+    model = make_model()
     predictions = _predicted(_frame(spark, x).withColumnRenamed("x", name), model, source=name)
     np.testing.assert_allclose([row.p for row in predictions.collect()], model.predict(x, verbose=0), rtol=1e-5)

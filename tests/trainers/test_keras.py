@@ -407,3 +407,20 @@ def test_specs_of_different_models_have_different_keys() -> None:
     assert key(model) == key(model)
     keys = {key(model), key(model, nan_is_error=False), key(_classifier("adam")), key(_classifier("sgd", metrics=[]))}
     assert len(keys) == 4
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 8.0])
+def test_a_rate_that_is_a_function_is_scaled_as_a_number_is(scale: float) -> None:
+    x, y = _rows()
+    weights = []
+    for rate in (0.05, lambda: 0.05):
+        trainer = _trainer(_classifier(keras.optimizers.SGD(rate)))
+        told = {"max_learning_rate_scale": scale} | ({} if callable(rate) else {"learning_rate": 0.05})
+        trainer.guide(0, num_workers=4, values=told)
+        trainer.train((x, y), BATCH)
+        weights.append(_tensors(trainer))
+    model = _classifier(keras.optimizers.SGD(0.05 * min(scale, 4)))
+    _train_in_keras(model, x, y)
+    for by_number, by_function, expected in zip(*weights, _expected(model), strict=True):
+        np.testing.assert_array_equal(by_number, by_function)
+        np.testing.assert_allclose(by_number, expected, rtol=2e-5, atol=2e-6)

@@ -47,7 +47,7 @@ def _in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def _begin_with(callback: Any) -> None:
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
-    EpochCallbacks(as_keras_model(model), [callback], num_epochs=1)
+    EpochCallbacks(as_keras_model(model), [callback], num_epochs=1, told={})
 
 
 @pytest.mark.parametrize(("make", "named"), WAITING.values(), ids=WAITING)
