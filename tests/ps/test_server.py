@@ -433,7 +433,7 @@ def test_a_worker_that_stops_in_the_middle_of_a_push_loses_its_lease(start: Star
     client._link._socket.sendall(header + bytes(LARGE.num_bytes // 2))
     client._link._socket.settimeout(10)
     assert client._link._socket.recv(1) == b""
-    assert cluster.server.status().num_lost == 1
+    wait_until(lambda: cluster.server.status().num_lost == 1)
 
 
 def test_the_log_says_why_a_push_that_stalls_was_cut_off(start: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -441,7 +441,7 @@ def test_the_log_says_why_a_push_that_stalls_was_cut_off(start: Start, caplog: p
     client = cluster.worker()
     client._link._socket.sendall(protocol.encode(Kind.PUSH, {}, LARGE.num_bytes))
     assert client._link._socket.recv(1) == b""
-    assert cluster.server.status().num_live == 0
+    wait_until(lambda: cluster.server.status().num_live == 0)
     assert "closed: a frame did not end in time" in caplog.text
 
 
