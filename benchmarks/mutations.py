@@ -15,7 +15,7 @@ import msgpack
 
 from tensorspark.ps import protocol
 from tensorspark.ps.client import ParameterClient, ServerAddress
-from tensorspark.ps.messages import Cursor, EpochPlan, Push, Registration
+from tensorspark.ps.messages import Cursor, EpochPlan, Push, Registration, TimeSpent
 from tensorspark.ps.protocol import Kind
 from tensorspark.ps.server import ParameterServer
 from tensorspark.weights.combiners import DeltaWeightCombiner
@@ -79,7 +79,7 @@ def record(layout: WeightLayout, epochs: EpochPlan) -> list[bytes]:
                         client.pull(weights)
                         client.report_evaluation(0, totals, 20)
                         server.release_epoch(0, {"learning_rate": 0.25})
-                        client.finish(epoch_samples=[60], epoch_seconds=[0.5], step_s=0.25, sync_s=0.125)
+                        client.finish(TimeSpent((60,), (0.5,), step_s=0.25, sync_s=0.125))
                     else:
                         client.skip_epoch(1)
                         client.report("ValueError: bad row", "Traceback (most recent call last): ...")

@@ -35,6 +35,7 @@ HONEST_PARTITION = 0
 NUM_HOLDERS = 15
 SNAPSHOT_HEADER = {
     "version": 3,
+    "form": "whole",
     "order": "train",
     "epoch": 2,
     "num_steps": 90,

@@ -117,6 +117,16 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("batch_size", "spark.tensorspark.batch.size", parse_int, 100, "Rows of a training step."),
     Setting("staleness", "spark.tensorspark.staleness", parse_staleness, None, "Rounds that the fastest worker may "
             "lead the slowest: `0` is bulk-synchronous, more is stale-synchronous, `async` waits for nobody."),
+    Setting("overlap", "spark.tensorspark.overlap", parse_bool, False, "Goes on with local steps while a push and a "
+            "pull are under way. That is a round of staleness, so `staleness` must be 1, more or `async`."),
+    Setting("compression", "spark.tensorspark.compression", str, "none", "Codec of pushes: `none`, `float16`, "
+            "`bfloat16`, `int8`, `topk:0.01` (a share of the numbers) or `rows` (changed rows of embeddings)."),
+    Setting("pull_compression", "spark.tensorspark.pull.compression", str, "none", "Codec of pulls: `none`, `float16`, "
+            "`bfloat16`, `int8` or `rows`."),
+    Setting("num_shards", "spark.tensorspark.num.shards", parse_int, 1, "Servers that the weights are split over: the "
+            "driver's own, and a process beside it for each further one."),
+    Setting("shards_on", "spark.tensorspark.shards.on", str, "driver", "Where the further ones of `num_shards` run: "
+            "`driver`, as processes on its machine, or `executors`, as Spark tasks that take a slot each."),
     Setting("start_timeout_s", "spark.tensorspark.start.timeout", parse_time_s, 60.0, "How long the first round waits "
             "for workers after the first one came; then it goes on with those that came."),
     Setting("recovery_timeout_s", "spark.tensorspark.recovery.timeout", parse_time_s, 120.0, "How long the others "
@@ -144,6 +154,7 @@ SETTINGS: tuple[Setting, ...] = (
             "for its decoded rows, and as much for held-out ones; what is more goes to a file under `spark.tmp.dir`."),
 )  # fmt: skip
 
+SHARDS_ON = ("driver", "executors")
 _NONE_IS_A_VALUE = frozenset({"staleness"})
 
 # The constructor's defaults in the original Tensorspark, for `tensorspark.core.spark_session`.
@@ -166,6 +177,11 @@ class Config:
     sync_interval: int
     batch_size: int
     staleness: int | None
+    overlap: bool
+    compression: str
+    pull_compression: str
+    num_shards: int
+    shards_on: str
     start_timeout_s: float
     recovery_timeout_s: float
     lease_timeout_s: float
@@ -180,11 +196,25 @@ class Config:
     cache_memory_bytes: int
 
     def __post_init__(self) -> None:
-        for name in ("sync_interval", "batch_size", "keep_checkpoints", "max_connections"):
+        for name in ("sync_interval", "batch_size", "keep_checkpoints", "max_connections", "num_shards"):
             self._check(name, minimum=1)
         self._check_staleness()
-        if not isinstance(self.tls_enabled, bool):
-            raise ConfigError(f"{_label('tls_enabled')} must be True or False, got {self.tls_enabled!r}")
+        for name in ("tls_enabled", "overlap"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{_label(name)} must be True or False, got {getattr(self, name)!r}")
+        if self.overlap and self.staleness == 0:
+            raise ConfigError(
+                f"{_label('overlap')} has each worker train on while the others' last interval is not in its weights: "
+                f"that is not bulk-synchronous; set staleness to 1 (in step, one interval late), more or None"
+            )
+        if self.shards_on not in SHARDS_ON:
+            valid = " or ".join(map(repr, SHARDS_ON))
+            raise ConfigError(f"{_label('shards_on')} must be {valid}, got {self.shards_on!r}")
+        if self.num_task_shards and self.tls_enabled:
+            raise ConfigError(
+                "shards_on='executors' cannot be had with tls_enabled: what the driver and its shards say to each "
+                "other is not encrypted; leave one of them out"
+            )
         self._check("server_port", minimum=0, maximum=65535)
         for name in ("receive_buffer_bytes", "cache_memory_bytes"):
             self._check(name, minimum=0)
@@ -192,10 +222,20 @@ class Config:
             self._check(name, minimum=0.001, maximum=_MAX_TIME_S, is_integer=False)
         for name in ("start_timeout_s", "recovery_timeout_s", "reconnect_timeout_s", "checkpoint_interval_s"):
             self._check(name, minimum=0, maximum=_MAX_TIME_S, is_integer=False)
-        for name in ("hdfs_dir", "tmp_dir", "server_host"):
+        for name in ("hdfs_dir", "tmp_dir", "server_host", "compression", "pull_compression"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value.strip()):
                 raise ConfigError(f"{_label(name)} must be a non-empty string, got {value!r}")
+
+    @property
+    def num_task_shards(self) -> int:
+        """Slots of the cluster that shards take."""
+        return self.num_shards - 1 if self.shards_on == "executors" else 0
+
+    @property
+    def gate_staleness(self) -> int | None:
+        """The staleness that is left for the gate: with overlap, an interval is trained before the gate is asked."""
+        return self.staleness - 1 if self.overlap and self.staleness else self.staleness
 
     def _check_staleness(self) -> None:
         value: Any = self.staleness

@@ -13,6 +13,7 @@
     ├── SessionClosedError        (also RuntimeError)  a session used after ``close()``
     ├── CombinerError             (also RuntimeError)  a weight combiner that raised or returned nonsense
     ├── WorkerFailedError         (also RuntimeError)  a worker raised, or Spark gave a task up
+    ├── ShardLostError            (also RuntimeError)  the process of a shard died, or could not do its part
     └── TransportError            (also ConnectionError)
         ├── ServerUnreachableError    nobody answers at the server's address
         ├── AuthenticationError       the server answered 401: the token is not this run's
@@ -99,6 +100,10 @@ class WorkerFailedError(TensorsparkError, RuntimeError):
         self.partition = partition
         self.host = host
         self.worker_traceback = worker_traceback
+
+
+class ShardLostError(TensorsparkError, RuntimeError):
+    """The process that serves a part of the weights died, did not start, or could not do what it was to."""
 
 
 class TransportError(TensorsparkError, ConnectionError):

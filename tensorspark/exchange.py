@@ -5,90 +5,41 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from tensorspark.data.feed import Stretch
 from tensorspark.ps.client import ParameterClient
-from tensorspark.ps.messages import Cursor, Order, OrderKind, Push
+from tensorspark.ps.messages import Order, OrderKind, Push
+from tensorspark.shards.client import ShardedClient
+from tensorspark.steps import Steps
 from tensorspark.trainers.base import Trainer
+from tensorspark.weights.blocks import add_scaled
 from tensorspark.weights.elastic import elastic_difference
 from tensorspark.weights.layout import Buffer, WeightLayout
 
-
-class EpochClock:
-    """How long steps took, and epochs: each from the end of the one before, so with reading and waiting."""
-
-    def __init__(self) -> None:
-        self.epoch_samples: list[int] = []
-        self.epoch_seconds: list[float] = []
-        self.step_s = 0.0
-        self._num_rows = 0
-        self._epoch_began = time.perf_counter()
-
-    def count(self, stretch: Stretch) -> None:
-        self._num_rows += stretch.num_rows
-        if stretch.is_last_of_epoch:
-            now = time.perf_counter()
-            self.epoch_samples.append(self._num_rows)
-            self.epoch_seconds.append(now - self._epoch_began)
-            self._num_rows, self._epoch_began = 0, now
-
-
-class Steps:
-    """The local steps between a pull and a push, and their sums."""
-
-    def __init__(self, trainer: Trainer, num_epochs: int, clock: EpochClock) -> None:
-        self._trainer = trainer
-        self._num_epochs = num_epochs
-        self._clock = clock
-        self._sums = np.zeros(len(trainer.scalar_names))
-        self._last: Stretch | None = None
-        self.num_steps = 0
-        self.num_samples = 0
-
-    def run(self, stretch: Stretch) -> None:
-        began = time.perf_counter()
-        self._sums += self._trainer.train(stretch.columns, stretch.batch_size)
-        self._clock.step_s += time.perf_counter() - began
-        self.num_steps += stretch.num_batches
-        self.num_samples += stretch.num_rows
-        self._last = stretch
-        self._clock.count(stretch)
-
-    @property
-    def has_ended_epoch(self) -> bool:
-        return self._last is not None and self._last.is_last_of_epoch
-
-    def as_push(self, sequence: int, version: int) -> Push:
-        last = self._last
-        assert last is not None
-        following = last.index + last.num_batches
-        cursor = Cursor(last.epoch + 1, 0) if last.is_last_of_epoch else Cursor(last.epoch, following)
-        in_epoch = 1.0 if last.is_last_of_epoch else following / last.epoch_batches if last.epoch_batches else None
-        return Push(
-            sequence=sequence,
-            cursor=cursor,
-            num_steps=self.num_steps,
-            num_samples=self.num_samples,
-            version=version,
-            sums=dict(zip(self._trainer.scalar_names, self._sums.tolist(), strict=True)),
-            progress=None if in_epoch is None else (last.epoch + in_epoch) / self._num_epochs,
-            totals=self._trainer.take_totals().astype("<f8").tobytes(),
-        )
+Client = ParameterClient | ShardedClient
+"""A worker's conversation with the server, or with all of its shards."""
 
 
 class Exchange:
-    """Trains on from what is pulled, and pushes what came of it."""
+    """Trains on from what is pulled, and pushes what came of it.
 
-    def __init__(self, client: ParameterClient, trainer: Trainer, sequence: int) -> None:
+    Attributes:
+        sync_s: time spent in it, during which no step was made.
+        hidden_s: time that pushes, pulls and waiting took while steps were made.
+    """
+
+    def __init__(self, client: Client, trainer: Trainer, sequence: int) -> None:
         self._client = client
         self._trainer = trainer
         self._sequence = sequence
         self._order: Order | None = None
         self._pulled = trainer.layout.allocate()
         self._local = trainer.layout.allocate()
+        self._holds: int | None = None  # the version that `pulled` is
         self.sync_s = 0.0
+        self.hidden_s = 0.0
 
     def before(self) -> Order:
         """Before an interval's steps: asks what to do, and makes the weights ready for it."""
@@ -115,8 +66,15 @@ class Exchange:
         """What is pushed; it stays as it is until the next pull."""
         return self._local
 
+    def end(self) -> None:
+        """After the last interval: waits for what is under way."""
+
+    def close(self) -> None:
+        """Gives up what is under way; called also when the worker has failed."""
+
     def _pull(self) -> Order:
-        self._order = self._client.pull(self._pulled)
+        self._order = self._client.pull(self._pulled, self._holds)
+        self._holds = self._order.version
         return self._order
 
     def _load(self, order: Order) -> None:
@@ -146,9 +104,7 @@ class _ElasticExchange(Exchange):
     A successor of a worker that died has lost them, and begins at the server's.
     """
 
-    def __init__(
-        self, client: ParameterClient, trainer: Trainer, sequence: int, moving_rate: float, has_epochs: bool
-    ) -> None:
+    def __init__(self, client: Client, trainer: Trainer, sequence: int, moving_rate: float, has_epochs: bool) -> None:
         super().__init__(client, trainer, sequence)
         self._moving_rate = moving_rate
         self._difference = trainer.layout.allocate()
@@ -186,8 +142,111 @@ class _ElasticExchange(Exchange):
         return self._difference
 
 
+class _OverlappedExchange(Exchange):
+    """Goes on with local steps while a push and the pull behind it are under way: as Pipe-SGD does (Li et al.,
+    "Pipe-SGD: A Decentralized Pipelined SGD Framework for Distributed Deep Net Training", 2018), one interval deep.
+
+    What has been pulled is folded in at the interval's end: the weights become the pulled ones plus their change since
+    the push. So every interval begins from weights that lack the others' last interval, which is a round of staleness,
+    and counts as one (`Config.gate_staleness`). At the end of an epoch nothing is under way.
+
+    Args:
+        pushes_delta: whether changes are pushed, or weights.
+    """
+
+    def __init__(
+        self, client: Client, trainer: Trainer, sequence: int, *, pushes_delta: bool, has_epochs: bool
+    ) -> None:
+        super().__init__(client, trainer, sequence)
+        self._pushes_delta = pushes_delta
+        self._has_epochs = has_epochs
+        self._base = trainer.layout.allocate()  # what the interval's steps began from
+        self._base_version = 0  # the newest whose changes by others are in it
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tensorspark-exchange")
+        self._flight: Future[tuple[Order, float]] | None = None
+        self._must_land = False
+
+    def before(self) -> Order:
+        if self._order is not None and self._order.kind is OrderKind.FINISH:
+            return self._order
+        if self._flight is not None and not self._must_land:
+            assert self._order is not None
+            return self._order  # that of the interval before: `after` looks at what has come
+        began = time.perf_counter()
+        order = self._land() if self._flight is not None else self._pull()
+        if order.kind is not OrderKind.FINISH:
+            self._begin_from_pulled(order)
+        self.sync_s += time.perf_counter() - began
+        return order
+
+    def after(self, steps: Steps) -> None:
+        began = time.perf_counter()
+        has_landed = self._flight is not None
+        order = self._land() if has_landed else self._order
+        assert order is not None
+        if order.kind is OrderKind.TRAIN:  # else the run ends, and the interval with it
+            version = self._base_version
+            self._trainer.read(self._local)
+            subtract(self._trainer.layout, self._local, self._base)
+            if has_landed:
+                self._fold_in(order)
+            else:
+                self._trainer.read(self._base)
+            self._must_land = self._has_epochs and steps.has_ended_epoch
+            self._sequence += 1
+            if not self._pushes_delta:
+                self._local[:] = self._base
+            self._flight = self._thread.submit(self._fly, steps.as_push(self._sequence, version))
+        self.sync_s += time.perf_counter() - began
+
+    def end(self) -> None:
+        if self._flight is not None:
+            began = time.perf_counter()
+            self._land()
+            self.sync_s += time.perf_counter() - began
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _begin_from_pulled(self, order: Order) -> None:
+        self._load(order)
+        if order.kind is OrderKind.TRAIN:
+            self._swap(order)
+
+    def _fold_in(self, order: Order) -> None:
+        """Has the trainer go on from what was pulled and what it has changed since the push."""
+        add_scaled(self._trainer.layout, self._local, self._pulled, 1.0)
+        self._load(order)
+        self._swap(order)
+
+    def _swap(self, order: Order) -> None:
+        self._base, self._pulled = self._pulled, self._base
+        self._base_version, self._holds = order.version, None
+
+    def _fly(self, push: Push) -> tuple[Order, float]:
+        began = time.perf_counter()
+        self._client.push(self._local, push)
+        return self._client.pull(self._pulled), time.perf_counter() - began
+
+    def _land(self) -> Order:
+        assert self._flight is not None
+        began = time.perf_counter()
+        flight, self._flight = self._flight, None
+        self._order, flight_s = flight.result()
+        self._holds = self._order.version
+        self.hidden_s += max(0.0, flight_s - (time.perf_counter() - began))
+        return self._order
+
+
 def exchange_for(
-    pushes: str, moving_rate: float, client: ParameterClient, trainer: Trainer, sequence: int, *, has_epochs: bool
+    pushes: str,
+    moving_rate: float,
+    client: Client,
+    trainer: Trainer,
+    sequence: int,
+    *,
+    has_epochs: bool,
+    overlap: bool = False,
 ) -> Exchange:
     """How a run's combiner wants it.
 
@@ -195,9 +254,12 @@ def exchange_for(
         pushes: "weights", "delta" or "elastic".
         moving_rate: of elastic averaging.
         has_epochs: whether workers wait for each other at the end of an epoch.
+        overlap: whether steps go on while a push and a pull are under way; not in elastic averaging.
     """
     if pushes == "elastic":
         return _ElasticExchange(client, trainer, sequence, moving_rate, has_epochs)
+    if overlap:
+        return _OverlappedExchange(client, trainer, sequence, pushes_delta=pushes == "delta", has_epochs=has_epochs)
     return (_DeltaExchange if pushes == "delta" else Exchange)(client, trainer, sequence)
 
 

@@ -41,8 +41,10 @@ class WorkerReport:
         num_applied: pushes that are in the weights.
         num_refused: pushes that the server refused.
         num_repeated: pushes that came again after a reconnect and were in the weights already.
+        num_bytes_pushed, num_bytes_pulled: of weights and of metrics' totals, on the wire, headers not counted.
         epoch_samples, epoch_seconds: rows and duration of the last attempt's finished epochs (of the last 1,000).
         step_s, sync_s: time in local steps, and in pushing, pulling and waiting; reading rows is in neither.
+        hidden_s: time that pushing, pulling and waiting took while local steps went on (``overlap``).
         finished: whether the partition was trained to its end.
     """
 
@@ -56,10 +58,13 @@ class WorkerReport:
     num_applied: int = 0
     num_refused: int = 0
     num_repeated: int = 0
+    num_bytes_pushed: int = 0
+    num_bytes_pulled: int = 0
     epoch_samples: tuple[int, ...] = ()
     epoch_seconds: tuple[float, ...] = ()
     step_s: float = 0.0
     sync_s: float = 0.0
+    hidden_s: float = 0.0
     finished: bool = False
 
 

@@ -7,6 +7,7 @@ goes wrong is reported to the server, and so to the driver, before the task fail
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -17,10 +18,14 @@ from tensorspark.data.decoders import Decoder
 from tensorspark.data.feed import PartitionFeed, Stretch
 from tensorspark.data.spill import EpochCache
 from tensorspark.errors import FeedLostError, LeaseLostError, RunStoppedError
-from tensorspark.exchange import EpochClock, Exchange, Steps, exchange_for
+from tensorspark.exchange import Client, Exchange, exchange_for
 from tensorspark.ps.client import Granted, ParameterClient, ServerAddress
-from tensorspark.ps.messages import Order, OrderKind, Registration
+from tensorspark.ps.messages import Order, OrderKind, Registration, TimeSpent
+from tensorspark.shards.client import ShardedClient
+from tensorspark.shards.places import ShardPlace
+from tensorspark.steps import EpochClock, Steps
 from tensorspark.trainers.base import Trainer, TrainerSpec, obtain
+from tensorspark.weights.compression import NO_COMPRESSION, Compression
 
 _MAX_REPORTED_EPOCHS = 1000  # they must fit into a frame's header
 
@@ -37,6 +42,9 @@ class WorkerJob:
         moving_rate: of elastic averaging.
         has_epochs: whether the server keeps all workers in one epoch, at whose end they evaluate.
         validation_split: part of the rows that is held out.
+        overlap: whether steps go on while a push and a pull are under way.
+        compression: how weights travel.
+        shards: where the parts of the weights are served; empty: all at `address`.
     """
 
     address: ServerAddress
@@ -55,6 +63,9 @@ class WorkerJob:
     tmp_dir: str
     has_epochs: bool = False
     validation_split: float = 0.0
+    overlap: bool = False
+    compression: Compression = NO_COMPRESSION
+    shards: tuple[ShardPlace, ...] = ()
 
 
 def run_partition(job: WorkerJob, partition: int, attempt: int, rows: Iterable[Any]) -> None:
@@ -70,7 +81,7 @@ def run_partition(job: WorkerJob, partition: int, attempt: int, rows: Iterable[A
         TensorsparkError: whatever stopped the training; the server has been told.
     """
     rows, was_stopped = iter(rows), False
-    with ParameterClient(job.address) as client:
+    with _client(job) as client:
         try:
             registration = Registration(job.run, partition, attempt, job.spec.layout.fingerprint, socket.gethostname())
             granted = client.register(registration)
@@ -86,7 +97,13 @@ def run_partition(job: WorkerJob, partition: int, attempt: int, rows: Iterable[A
             pass
 
 
-def _train(job: WorkerJob, partition: int, rows: Iterator[Any], client: ParameterClient, granted: Granted) -> bool:
+def _client(job: WorkerJob) -> ParameterClient | ShardedClient:
+    if job.shards:
+        return ShardedClient(job.shards, job.compression)
+    return ParameterClient(job.address, job.spec.layout, job.compression)
+
+
+def _train(job: WorkerJob, partition: int, rows: Iterator[Any], client: Client, granted: Granted) -> bool:
     """Returns whether the run was stopped in the middle of an epoch."""
     trainer = obtain(job.spec, job.content)
     trainer.reset(partition, job.seed)
@@ -105,15 +122,26 @@ def _train(job: WorkerJob, partition: int, rows: Iterator[Any], client: Paramete
         )
         feed.seek(granted.cursor.epoch, granted.cursor.batch)
         exchange = exchange_for(
-            job.pushes, job.moving_rate, client, trainer, granted.sequence, has_epochs=job.has_epochs
+            job.pushes,
+            job.moving_rate,
+            client,
+            trainer,
+            granted.sequence,
+            has_epochs=job.has_epochs,
+            overlap=job.overlap,
         )
-        loop = _Loop(job, client, trainer, feed, exchange)
-        clock = loop.run()
+        with contextlib.closing(exchange):
+            loop = _Loop(job, client, trainer, feed, exchange)
+            clock = loop.run()
+            exchange.end()
         client.finish(
-            epoch_samples=clock.epoch_samples[-_MAX_REPORTED_EPOCHS:],
-            epoch_seconds=clock.epoch_seconds[-_MAX_REPORTED_EPOCHS:],
-            step_s=clock.step_s,
-            sync_s=exchange.sync_s,
+            TimeSpent(
+                epoch_samples=tuple(clock.epoch_samples[-_MAX_REPORTED_EPOCHS:]),
+                epoch_seconds=tuple(clock.epoch_seconds[-_MAX_REPORTED_EPOCHS:]),
+                step_s=clock.step_s,
+                sync_s=exchange.sync_s,
+                hidden_s=exchange.hidden_s,
+            )
         )
         return loop.was_stopped
 
@@ -126,7 +154,7 @@ class _Loop:
     """A partition's intervals, as the server orders them."""
 
     def __init__(
-        self, job: WorkerJob, client: ParameterClient, trainer: Trainer, feed: PartitionFeed, exchange: Exchange
+        self, job: WorkerJob, client: Client, trainer: Trainer, feed: PartitionFeed, exchange: Exchange
     ) -> None:
         self._job = job
         self._client = client

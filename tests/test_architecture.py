@@ -15,9 +15,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Arrows point left: a room may import rooms before it only. This is the order, then exactly what each may import.
 ORDER = (
-    *("errors", "config", "history", "weights", "data", "trainers", "ps", "exchange", "worker", "driver", "session"),
+    *("errors", "config", "history", "weights", "data", "trainers", "ps", "shards", "steps"),
+    *("exchange", "worker", "driver", "session"),
     *("ml", "core"),
-    *("cli", "__main__"),
+    *("daemon", "cli", "__main__"),
 )
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -27,13 +28,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"errors", "config"},
     "trainers": {"errors", "weights", "data"},
     "ps": {"errors", "config", "history", "weights"},
-    "exchange": {"errors", "weights", "data", "trainers", "ps"},
-    "worker": {"errors", "config", "weights", "data", "trainers", "ps", "exchange"},
+    "shards": {"errors", "history", "weights", "ps"},
+    "steps": {"data", "trainers", "ps"},
+    "exchange": {"errors", "weights", "trainers", "ps", "shards", "steps"},
+    "worker": {"errors", "config", "weights", "data", "trainers", "ps", "shards", "steps", "exchange"},
     # Of trainers, what is free of TensorFlow: a test below says so.
-    "driver": {"errors", "config", "history", "weights", "data", "trainers", "ps", "worker"},
-    "session": {"errors", "config", "history", "weights", "data", "trainers", "ps", "worker", "driver"},
+    "driver": {"errors", "config", "history", "weights", "data", "trainers", "ps", "shards", "worker"},
+    "session": {"errors", "config", "history", "weights", "data", "trainers", "ps", "shards", "worker", "driver"},
     "ml": {"errors", "config", "history", "weights", "data", "trainers", "ps", "driver", "session"},
     "core": {"errors", "config", "weights", "ps", "session"},
+    "daemon": {"errors"},
     "cli": {"errors", "config", "weights", "ps", "driver"},
     "__main__": {"cli"},
 }
@@ -41,8 +45,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 HOMES: dict[str, set[str]] = {
     "tensorflow": {"trainers"},
     "keras": {"trainers"},
-    "pyspark": {"session", "driver", "ml", "data.tfrecord", "cli", "trainers.keras_objects"},
-    "pickle": {"core.partitioner"},
+    "pyspark": {"session", "driver", "ml", "data.tfrecord", "cli", "daemon", "trainers.keras_objects"},
+    # What a shard's process reads from its parent, or Spark hands to its task; nothing that comes over a network.
+    "pickle": {"core.partitioner", "shards.host", "shards.processes", "shards.server"},
     "cloudpickle": set(),
     "dill": set(),
     "marshal": set(),

@@ -28,6 +28,11 @@ EXAMPLES: dict[str, tuple[Any, str, Any]] = {
     "sync_interval": (16, "32", 32),
     "batch_size": (64, "128", 128),
     "staleness": (0, "4", 4),
+    "overlap": (False, "true", True),
+    "compression": ("int8", "topk:0.1", "topk:0.1"),
+    "pull_compression": ("float16", "rows", "rows"),
+    "num_shards": (2, "3", 3),
+    "shards_on": ("driver", "executors", "executors"),
     "start_timeout_s": (3, "90s", 90.0),
     "recovery_timeout_s": (0, "5min", 300.0),
     "lease_timeout_s": (1.5, "10s", 10.0),
@@ -48,6 +53,11 @@ BAD_ARGUMENTS = [
     ("sync_interval", 1.5),
     ("sync_interval", True),
     ("batch_size", 0),
+    ("overlap", 1),
+    ("compression", ""),
+    ("pull_compression", 8),
+    ("num_shards", 0),
+    ("shards_on", "moon"),
     ("batch_size", "100"),
     ("staleness", -1),
     ("staleness", 1.5),
@@ -122,7 +132,7 @@ def test_every_setting_has_an_example_here() -> None:
     assert set(EXAMPLES) == set(KEYS) == {field.name for field in dataclasses.fields(Config)}
 
 
-@pytest.mark.parametrize("field", sorted(KEYS.keys() - {"tls_enabled"}))
+@pytest.mark.parametrize("field", sorted(KEYS.keys() - {"tls_enabled", "overlap", "shards_on"}))
 def test_an_argument_wins_over_the_conf_over_given_defaults_over_ours(field: str) -> None:
     argument, text, meaning = EXAMPLES[field]
     ours = next(setting.default for setting in SETTINGS if setting.field == field)
@@ -140,6 +150,24 @@ def test_an_argument_wins_over_the_conf_over_given_defaults_over_ours(field: str
 def test_a_staleness_of_none_is_a_value_and_wins_over_the_conf(nobody: str | None) -> None:
     assert resolve({"staleness": nobody}, {KEYS["staleness"]: "4"}).staleness is None
     assert resolve({}, {KEYS["staleness"]: "Async"}, {"staleness": 3}).staleness is None
+
+
+def test_overlap_leaves_the_gate_one_round_less_and_cannot_be_bulk_synchronous() -> None:
+    assert resolve({"overlap": True}, {}).gate_staleness is None
+    assert resolve({"overlap": True, "staleness": 3}, {}).gate_staleness == 2
+    assert resolve({"staleness": 3}, {}).gate_staleness == 3
+    with pytest.raises(ConfigError, match=r"overlap .*that is not bulk-synchronous; set staleness to 1"):
+        resolve({"overlap": True, "staleness": 0}, {})
+
+
+def test_shards_take_slots_only_on_executors() -> None:
+    assert resolve({"num_shards": 3}, {}).num_task_shards == 0
+    assert resolve({"num_shards": 3}, {KEYS["shards_on"]: "executors"}).num_task_shards == 2
+    assert resolve({"num_shards": 3, "shards_on": "driver"}, {KEYS["shards_on"]: "executors"}).num_task_shards == 0
+    with pytest.raises(ConfigError, match=r"shards_on \(or spark.tensorspark.shards.on\) must be 'driver' or"):
+        resolve({"shards_on": "moon"}, {})
+    with pytest.raises(ConfigError, match="cannot be had with tls_enabled"):
+        resolve({"num_shards": 2, "shards_on": "executors", "tls_enabled": True}, {})
 
 
 def test_tls_is_off_unless_the_conf_or_an_argument_asks_for_it() -> None:

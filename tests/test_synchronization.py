@@ -141,5 +141,5 @@ def test_a_staleness_that_is_none_is_refused_by_name(sc: SparkContext, model: Re
 
 
 def test_a_setting_that_does_not_exist_is_refused_with_the_valid_ones(sc: SparkContext, model: Regression) -> None:
-    with pytest.raises(ConfigError, match=r"unknown argument stalenes; .* staleness, start_timeout_s"):
+    with pytest.raises(ConfigError, match=r"unknown argument stalenes; .* staleness, overlap, compression"):
         SparkSession(sc, model.session, stalenes=3)

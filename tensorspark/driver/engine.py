@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import secrets
 import threading
 import time
@@ -21,18 +23,26 @@ from tensorspark.driver.preflight import require_ready
 from tensorspark.driver.progress import ProgressLine
 from tensorspark.driver.publishing import Publisher
 from tensorspark.driver.resources import Resources, address_of
+from tensorspark.driver.shard_tasks import ShardTasks
 from tensorspark.driver.training import EpochDriver, JobLabel, exclusively, require_trained, run_job
-from tensorspark.errors import CheckpointError, ConfigError, SessionClosedError
+from tensorspark.errors import CheckpointError, ConfigError, SessionClosedError, ShardLostError, StagingError
 from tensorspark.history import History
 from tensorspark.ps.checkpoint import RunCheckpoint
 from tensorspark.ps.link import ServerAddress
 from tensorspark.ps.messages import EpochPlan
-from tensorspark.ps.server import ParameterServer
 from tensorspark.ps.sync import SyncPlan
+from tensorspark.shards.processes import ShardProcesses
+from tensorspark.shards.server import AnyServer, ShardedServer
+from tensorspark.weights.compression import Compression
 from tensorspark.worker import WorkerJob
 
 if TYPE_CHECKING:
     from tensorspark.trainers.base import Captured, DriverModel
+
+
+logger = logging.getLogger(__name__)
+
+_MAX_RECOVERIES = 3
 
 
 class Engine:
@@ -60,6 +70,7 @@ class Engine:
     ) -> None:
         self.spark_context = spark_context
         self.config = config
+        self._compression = Compression(config.compression, config.pull_compression)
         self.restored: RunCheckpoint | None = None
         self.name = name
         self.user = user
@@ -69,19 +80,48 @@ class Engine:
             raise ConfigError("checkpoint_interval_s needs hdfs_dir (or spark.hdfs.dir): checkpoints go there")
         host = config.server_host or spark_context.getConf().get("spark.driver.host", "localhost")
         self._checked: ServerAddress | None = None
+        self._num_recoveries = 0
         self._running = threading.Lock()
         self._publisher = Publisher(spark_context, self._run_id, config.hdfs_dir, config.tmp_dir, user)
-        self._resources = Resources(self._publisher, config, host or "localhost", user)
+        start_shards: Any = ShardProcesses
+        if config.num_task_shards:
+            start_shards = functools.partial(ShardTasks, spark_context, f"tensorspark-{self._run_id}-shards")
+        self._resources = Resources(self._publisher, config, host or "localhost", user, start_shards)
         # Runs at exit too, and when the session is forgotten: who makes it anew in a shell finds its port free.
         self.close = weakref.finalize(self, self._resources.close)
 
     @property
-    def server(self) -> ParameterServer | None:
+    def server(self) -> AnyServer | None:
         return self._resources.server
 
     def num_slots(self, wanted: int) -> int:
         """How many tasks can run at once, once there are as many as `wanted`, or no more will come."""
-        return settled_slots(self.spark_context, wanted, self.config.start_timeout_s)
+        taken = self.config.num_task_shards
+        num = settled_slots(self.spark_context, wanted + taken, self.config.start_timeout_s)
+        if taken and num <= taken:
+            raise ConfigError(
+                f"shards_on='executors' with num_shards={self.config.num_shards} takes {taken} slots, and the cluster "
+                f"has {num}: none is left to train on; use fewer shards, more executors, or shards_on='driver'"
+            )
+        return num - taken
+
+    def recover(self, model: DriverModel, error: ShardLostError) -> None:
+        """Has the next run go on from the newest checkpoint, as an executor that served a shard has died.
+
+        Raises:
+            ShardLostError: `error`, where that is not so, there is none, or it has happened too often.
+        """
+        if not self.config.num_task_shards or self.checkpoint_dir is None or self._num_recoveries >= _MAX_RECOVERIES:
+            raise error
+        self._num_recoveries += 1
+        try:
+            checkpoint = CheckpointDirectory(self.checkpoint_dir, user=self.user).read_newest()
+        except (CheckpointError, StagingError) as problem:
+            raise error from problem
+        if checkpoint.is_complete:  # of the run before
+            raise error
+        logger.warning("%s; the run goes on from its checkpoint of version %d", error, checkpoint.version)
+        self.take_over(checkpoint, model)
 
     def take_over(self, checkpoint: RunCheckpoint, model: DriverModel) -> None:
         """Gives the model a checkpoint's weights; the next run continues the one that wrote it, if that was not over.
@@ -120,6 +160,12 @@ class Engine:
         Raises:
             See `SparkSession.run`.
         """
+        self._compression.require_fit(plan.combiner)
+        if self.config.overlap and plan.combiner.pushes == "elastic":
+            raise ConfigError(
+                f"overlap is not for {type(plan.combiner).__name__}: what a worker pushes depends on what it pulls at "
+                f"that moment; leave overlap out, or take MeanDeltaCombiner"
+            )
         with exclusively(self._running, plan.combiner):
             try:
                 history = self._train(model, captured, plan, progress, epochs, planned or {})
@@ -176,19 +222,20 @@ class Engine:
             workers=workers,
         )
 
-    def _begin(
-        self, captured: Captured, plan: RunPlan, resume: RunCheckpoint | None
-    ) -> tuple[ParameterServer, WorkerJob]:
+    def _begin(self, captured: Captured, plan: RunPlan, resume: RunCheckpoint | None) -> tuple[AnyServer, WorkerJob]:
         config, spec = self.config, captured.spec
         content = self._publisher.publish(captured.content, spec.content_hash)
-        server = self._resources.server_for(spec.layout)
+        server = self._resources.server_for(spec.layout, plan.combiner)
+        if resume and not isinstance(server, ShardedServer):
+            resume = resume.without_parts()
         run = server.begin_run(
             resume.weights if resume else captured.weights,
             plan.combiner,
             plan.num_partitions,
-            sync=SyncPlan(config.staleness, plan.num_first, config.start_timeout_s, config.recovery_timeout_s),
+            sync=SyncPlan(config.gate_staleness, plan.num_first, config.start_timeout_s, config.recovery_timeout_s),
             resume=resume,
             epochs=_epoch_plan(plan, spec.num_totals),
+            compression=self._compression,
         )
         address = address_of(server, config)
         self._check_executors(address)
@@ -209,6 +256,9 @@ class Engine:
             tmp_dir=config.tmp_dir,
             has_epochs=plan.has_epochs,
             validation_split=plan.validation_split,
+            overlap=config.overlap,
+            compression=self._compression,
+            shards=server.places if isinstance(server, ShardedServer) else (),
         )
 
     def _check_executors(self, address: ServerAddress) -> None:
@@ -226,7 +276,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _checkpoints(
-        self, server: ParameterServer, plan: RunPlan, planned: Mapping[str, Any], line: ProgressLine
+        self, server: AnyServer, plan: RunPlan, planned: Mapping[str, Any], line: ProgressLine
     ) -> Iterator[Callable[[], object]]:
         def described() -> dict[str, Any]:
             return {"name": self.name, **planned_values(plan, self.config), **planned}

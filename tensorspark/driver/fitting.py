@@ -16,10 +16,10 @@ from tensorspark.driver.arguments import RunPlan, arrange, as_seed, checked_comb
 from tensorspark.driver.engine import Engine
 from tensorspark.driver.inputs import MarkedDecoder, Names
 from tensorspark.driver.rows import Data, FedModel, Rows, decoder_alike, rows_of
-from tensorspark.errors import ConfigError, FeedError
+from tensorspark.errors import ConfigError, FeedError, ShardLostError
 from tensorspark.history import History
 from tensorspark.ps.messages import EpochEnd
-from tensorspark.ps.server import ParameterServer
+from tensorspark.shards.server import AnyServer
 from tensorspark.weights.averaging import MeanDeltaCombiner
 from tensorspark.weights.combiners import WeightCombiner
 from tensorspark.weights.layout import WeightLayout
@@ -123,10 +123,15 @@ def fit(engine: Engine, model: FitModel, plan: FitPlan, *, num_threads: int, pro
         num_threads=num_threads,
     )
     run_plan = _run_plan(engine, model, plan, rows, captured, num_trained)
-    epochs = _Epochs(engine, model, plan, captured)
-    values = epochs.begin()
-    run_plan = replace(run_plan, values=values, notes=_notes(values, run_plan.num_first))
-    history = engine.train(model, captured, run_plan, progress=progress, epochs=epochs, planned=epochs.planned)
+    while True:
+        epochs = _Epochs(engine, model, plan, captured)
+        values = epochs.begin()
+        run_plan = replace(run_plan, values=values, notes=_notes(values, run_plan.num_first))
+        try:
+            history = engine.train(model, captured, run_plan, progress=progress, epochs=epochs, planned=epochs.planned)
+            break
+        except ShardLostError as error:
+            engine.recover(model, error)
     model.advance(history.num_steps)
     epochs.end()
     return replace(history, history=epochs.history, epoch=tuple(range(len(epochs.logs))))
@@ -236,7 +241,7 @@ class _Epochs:
         self._callbacks.begin_epoch(len(self.logs))
         return self._callbacks.values
 
-    def end_epoch(self, server: ParameterServer, end: EpochEnd) -> None:
+    def end_epoch(self, server: AnyServer, end: EpochEnd) -> None:
         """See `EpochDriver.end_epoch`."""
         self._take_weights(server)
         if end.epoch >= len(self.logs):
@@ -254,7 +259,7 @@ class _Epochs:
     def end(self) -> None:
         self._callbacks.end(self.logs[-1] if self.logs else {})
 
-    def _take_weights(self, server: ParameterServer) -> None:
+    def _take_weights(self, server: AnyServer) -> None:
         weights = self._layout.allocate()
         server.read_weights(weights)
         self._model.assign(self._layout, weights)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
+
+from pyspark import cloudpickle
 
 from tensorspark.config import Config
 from tensorspark.driver.checkpoints import CheckpointDirectory, Checkpointer
@@ -13,10 +17,20 @@ from tensorspark.driver.publishing import Publisher
 from tensorspark.ps.checkpoint import Plain, RunCheckpoint
 from tensorspark.ps.link import ServerAddress
 from tensorspark.ps.server import ParameterServer
+from tensorspark.shards.fleet import Hosts
+from tensorspark.shards.host import ShardJob
+from tensorspark.shards.processes import ShardProcesses
+from tensorspark.shards.server import AnyServer, Endpoint, ShardedServer
+from tensorspark.weights.combiners import WeightCombiner
 from tensorspark.weights.layout import WeightLayout
+from tensorspark.weights.shards import Shard, split
 
 logger = logging.getLogger(__name__)
 
+StartShards = Callable[[Sequence[ShardJob]], Hosts]
+
+
+_LOOPBACK = "127.0.0.1"
 _MIN_CAPTURE_TIMEOUT_S = 60.0
 
 
@@ -26,29 +40,52 @@ class Resources:
     Args:
         server_host: advertised to executors.
         user: who writes to HDFS.
+        start_shards: starts the processes of all shards but the first.
     """
 
-    def __init__(self, publisher: Publisher, config: Config, server_host: str, user: str) -> None:
+    def __init__(
+        self, publisher: Publisher, config: Config, server_host: str, user: str, start_shards: StartShards
+    ) -> None:
         self._publisher = publisher
         self._config = config
         self._server_host = server_host
         self._user = user
-        self.server: ParameterServer | None = None
+        self._start_shards = start_shards
+        self._has_said_fewer = False
+        self.server: AnyServer | None = None
 
-    def server_for(self, layout: WeightLayout) -> ParameterServer:
-        """The server that runs, if it serves this layout, else a new one in its place.
+    def server_for(self, layout: WeightLayout, combiner: WeightCombiner) -> AnyServer:
+        """The server that runs, if it serves this layout as the combiner wants it, else a new one in its place.
 
         Raises:
             ConfigError: see `ParameterServer`.
         """
-        if self.server is not None and self.server.layout.fingerprint != layout.fingerprint:
+        shards = self._shards(layout, combiner)
+        if self.server is not None and _what_it_serves(self.server) != [s.layout.fingerprint for s in shards]:
             self.stop_server()
         if self.server is None:
-            self.server = start_server(layout, self._config, self._server_host)
+            self.server = start_server(layout, self._config, self._server_host, shards, self._start_shards)
         return self.server
 
+    def _shards(self, layout: WeightLayout, combiner: WeightCombiner) -> Sequence[Shard]:
+        whole, wanted = (Shard(0, layout.num_bytes, layout),), self._config.num_shards
+        if wanted == 1:
+            return whole
+        shards = split(layout, wanted, whole_tensors=not combiner.is_elementwise)
+        if len(shards) < wanted and not self._has_said_fewer:
+            self._has_said_fewer = True
+            logger.warning(
+                "%d shard(s) instead of num_shards=%d: the weights are %d bytes in %d tensors%s",
+                len(shards),
+                wanted,
+                layout.num_bytes,
+                len(layout.specs),
+                "" if combiner.is_elementwise else f", which {type(combiner).__name__} takes whole",
+            )
+        return shards if len(shards) > 1 else whole
+
     def checkpoints(
-        self, server: ParameterServer, url: str | None, planned: Callable[[], Mapping[str, Plain]]
+        self, server: AnyServer, url: str | None, planned: Callable[[], Mapping[str, Plain]]
     ) -> contextlib.AbstractContextManager[Checkpointer | None]:
         """Writes checkpoints of the server's current run to `url` meanwhile, if it is to have any.
 
@@ -82,22 +119,48 @@ class Resources:
             self._publisher.remove()
 
 
-def start_server(layout: WeightLayout, config: Config, host: str) -> ParameterServer:
-    """A parameter server as `config` says; raises ConfigError, see `ParameterServer`."""
-    return ParameterServer(
+def _what_it_serves(server: AnyServer) -> list[str]:
+    if isinstance(server, ShardedServer):
+        return [shard.layout.fingerprint for shard in server.shards]
+    return [server.layout.fingerprint]
+
+
+def start_server(
+    layout: WeightLayout,
+    config: Config,
+    host: str,
+    shards: Sequence[Shard] = (),
+    start_shards: StartShards = ShardProcesses,
+) -> AnyServer:
+    """A parameter server as `config` says, of all weights or of several shards.
+
+    Raises:
+        ConfigError: see `ParameterServer`.
+    """
+    arguments: dict[str, Any] = {
+        "receive_buffer_bytes": config.receive_buffer_bytes // max(1, len(shards)),
+        "io_timeout_s": config.io_timeout_s,
+        "lease_timeout_s": config.lease_timeout_s,
+        "tls": config.tls_enabled,
+        "max_connections": config.max_connections,
+    }
+    if len(shards) < 2:
+        return ParameterServer(layout, host, config.server_port, **arguments)
+    primary = ParameterServer(shards[0].layout, host, config.server_port, **arguments)
+    return ShardedServer(
         layout,
-        host,
-        config.server_port,
-        receive_buffer_bytes=config.receive_buffer_bytes,
-        io_timeout_s=config.io_timeout_s,
-        lease_timeout_s=config.lease_timeout_s,
-        tls=config.tls_enabled,
-        max_connections=config.max_connections,
+        shards,
+        primary,
+        start=start_shards,
+        dumps=cloudpickle.dumps,
+        server=arguments,
+        address_of=functools.partial(address_of, config=config),
+        listen_host=host if config.num_task_shards else _LOOPBACK,
     )
 
 
-def address_of(server: ParameterServer, config: Config) -> ServerAddress:
-    """What workers need to know to speak with the server."""
+def address_of(server: Endpoint, config: Config) -> ServerAddress:
+    """What workers need to know to speak with a server."""
     return ServerAddress(
         server.host,
         server.port,

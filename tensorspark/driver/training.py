@@ -16,7 +16,7 @@ from tensorspark.driver.progress import ProgressLine
 from tensorspark.errors import ConfigError, FeedError, SessionClosedError, WorkerFailedError
 from tensorspark.history import WorkerReport
 from tensorspark.ps.messages import EpochEnd
-from tensorspark.ps.server import ParameterServer
+from tensorspark.shards.server import AnyServer
 from tensorspark.weights.combiners import WeightCombiner
 from tensorspark.worker import WorkerJob, run_partition
 
@@ -58,7 +58,7 @@ class JobLabel:
 class EpochDriver(Protocol):
     """What the driver does with a run that has epochs."""
 
-    def end_epoch(self, server: ParameterServer, end: EpochEnd) -> None:
+    def end_epoch(self, server: AnyServer, end: EpochEnd) -> None:
         """All workers have ended an epoch: lets them go on, with `ParameterServer.release_epoch`."""
 
     @property
@@ -69,7 +69,7 @@ class EpochDriver(Protocol):
 def run_job(
     feed_rdd: RDD[Any],
     job: WorkerJob,
-    server: ParameterServer,
+    server: AnyServer,
     line: ProgressLine,
     label: JobLabel,
     epochs: EpochDriver | None = None,
@@ -99,7 +99,7 @@ def run_job(
     line.show(server.status(), last=True)
 
 
-def _has_ended(spark_job: SparkJob, server: ParameterServer, epochs: EpochDriver | None) -> bool:
+def _has_ended(spark_job: SparkJob, server: AnyServer, epochs: EpochDriver | None) -> bool:
     """Waits for a moment, and whether the job is over then."""
     if epochs is None:
         return spark_job.wait(_POLL_S)
@@ -149,7 +149,7 @@ def _task(job: WorkerJob) -> Callable[[int, Iterable[Any]], Iterator[None]]:
     return train
 
 
-def _raise_failure(server: ParameterServer, job_error: BaseException | None) -> None:
+def _raise_failure(server: AnyServer, job_error: BaseException | None) -> None:
     reported = server.failure()
     if reported is not None:
         raise reported from job_error

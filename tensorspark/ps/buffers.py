@@ -9,22 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from tensorspark.weights.layout import Buffer, WeightLayout
 
 # Beside those for receiving: the current snapshot, an older one that a slow puller may still be reading, and what has
 # been folded of a bulk-synchronous round.
 _NUM_RESERVED = 3
-
-
-@dataclass(eq=False)
-class Snapshot:
-    """One version of the weights. Nobody writes to `buffer` while the snapshot is current or pinned."""
-
-    version: int
-    buffer: Buffer
-    num_pins: int = 0
 
 
 class BufferPool:
@@ -87,41 +77,3 @@ class BufferPool:
     def _may_take(self, may_take_last: Callable[[], bool]) -> bool:
         num_free = len(self._free) + self._num_unallocated
         return num_free > 2 or (num_free > 0 and may_take_last())
-
-
-class SnapshotStore:
-    """Versions of the weights: the current one, and older ones as long as they are read. The server's loop owns it.
-
-    Args:
-        weights: the first version; copied.
-        version: its number: 0, or that of a restored run.
-    """
-
-    def __init__(self, pool: BufferPool, weights: Buffer, version: int = 0) -> None:
-        self._pool = pool
-        self._retired: set[Snapshot] = set()
-        first = pool.take_now()
-        assert first is not None
-        first[:] = weights
-        self.current = Snapshot(version, first)
-
-    def pin(self) -> Snapshot:
-        """The current snapshot, kept as it is until `unpin`."""
-        self.current.num_pins += 1
-        return self.current
-
-    def unpin(self, snapshot: Snapshot) -> None:
-        snapshot.num_pins -= 1
-        if snapshot.num_pins == 0 and snapshot in self._retired:
-            self._retired.remove(snapshot)
-            self._pool.put_back(snapshot.buffer)
-
-    def publish(self, buffer: Buffer) -> Snapshot:
-        """Makes `buffer`, taken from the pool, the current snapshot, one version on."""
-        retired = self.current
-        self.current = Snapshot(retired.version + 1, buffer)
-        if retired.num_pins:
-            self._retired.add(retired)
-        else:
-            self._pool.put_back(retired.buffer)
-        return self.current

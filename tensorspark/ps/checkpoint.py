@@ -28,7 +28,7 @@ import json
 import re
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -68,6 +68,19 @@ _SAFETENSORS_DTYPES = {
 
 
 @dataclass(frozen=True)
+class CheckpointPart:
+    """Where a shard stood, if it may have stood elsewhere than the others.
+
+    Attributes:
+        stop: where its range of the weights ends, in bytes.
+    """
+
+    stop: int
+    version: int
+    partitions: tuple[PartitionProgress, ...]
+
+
+@dataclass(frozen=True)
 class RunCheckpoint:
     """A run at one moment: exactly those pushes are in `weights` that the partitions' cursors stand for.
 
@@ -79,6 +92,7 @@ class RunCheckpoint:
         combiner: class name of the combiner.
         is_complete: whether every partition was trained to its end.
         epochs: where a run with an `EpochPlan` stood.
+        parts: of weights in several shards that are not bulk-synchronous: the cursors are each shard's own.
     """
 
     layout: WeightLayout
@@ -93,6 +107,22 @@ class RunCheckpoint:
     combiner_state: CombinerState
     is_complete: bool
     epochs: EpochProgress | None = None
+    parts: tuple[CheckpointPart, ...] = ()
+
+    def without_parts(self) -> RunCheckpoint:
+        """For other shards, or none: each partition begins at the earliest of its cursors, so that nothing is left out.
+        What some shards have beyond it is trained once more."""
+        if not self.parts:
+            return self
+        earliest = [
+            min(progresses, key=lambda progress: progress.sequence)
+            for progresses in zip(*(part.partitions for part in self.parts), strict=True)
+        ]
+        partitions = [
+            replace(own, sequence=first.sequence, cursor=first.cursor, round=first.round)
+            for own, first in zip(self.partitions, earliest, strict=True)
+        ]
+        return replace(self, partitions=tuple(partitions), parts=())
 
 
 @dataclass(frozen=True)
@@ -146,11 +176,12 @@ class _Mark:
     combiner_values: Mapping[str, int | float | str | bool]
     is_complete: bool
     epochs: EpochProgress | None = None
+    parts: tuple[CheckpointPart, ...] = ()
 
 
 _RUN_FIELDS = (
     *("version", "seconds", "partitions", "points", "plan", "combiner", "combiner_settings", "is_complete"),
-    "epochs",
+    *("epochs", "parts"),
 )
 
 

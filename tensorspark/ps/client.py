@@ -6,23 +6,24 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from tensorspark.errors import ConnectionLostError, ProtocolError, ServerUnreachableError, TransportError
-from tensorspark.ps import protocol
+from tensorspark.ps import headers, protocol
 from tensorspark.ps.link import Link, ServerAddress
-from tensorspark.ps.messages import MAX_TOTALS_BYTES, Cursor, Order, OrderKind, Push, Registration
+from tensorspark.ps.messages import MAX_TOTALS_BYTES, Cursor, Order, Push, Registration, TimeSpent
+from tensorspark.ps.payloads import Intake, Outlet
 from tensorspark.ps.protocol import Kind
-from tensorspark.weights.layout import Buffer
+from tensorspark.weights.compression import NO_COMPRESSION, Compression
+from tensorspark.weights.layout import Buffer, WeightLayout
 
 __all__ = ["Granted", "ParameterClient", "ServerAddress"]
 
 _MAX_TRACEBACK_BYTES = 2**15
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
-_ORDERS = {kind.value: kind for kind in OrderKind}
 _T = TypeVar("_T")
 
 
@@ -45,6 +46,10 @@ class ParameterClient:
     `push` only sends; its acceptance is read by the next `pull`, `flush` or `finish`, so that a push and the pull that
     follows it cost one round trip.
 
+    Args:
+        layout: of the weights; None: they travel whole and raw alone.
+        compression: the run's.
+
     Raises:
         ServerUnreachableError: nobody answered in time.
         AuthenticationError: the token is not the server's.
@@ -53,8 +58,12 @@ class ParameterClient:
         RefusedError: (any method) the server refused; its subclasses say why.
     """
 
-    def __init__(self, address: ServerAddress) -> None:
+    def __init__(
+        self, address: ServerAddress, layout: WeightLayout | None = None, compression: Compression = NO_COMPRESSION
+    ) -> None:
         self._address = address
+        self._intake = Intake(layout, compression)
+        self._outlet = Outlet(layout, compression)
         self._link = Link(address)
         self._registration: Registration | None = None
         self._is_granted = False
@@ -83,16 +92,23 @@ class ParameterClient:
         self._is_granted = True
         return granted
 
-    def pull(self, out: Buffer) -> Order:
+    def pull(self, out: Buffer, holds: int | None = None) -> Order:
         """Receives the newest weights into `out`, and what is to be done next; this worker's pushes are in them.
 
         Waits at the server's gate and at the end of an epoch, as long as the server says that it lives.
+
+        Args:
+            holds: the version that `out` holds, unchanged since it was pulled: what did not change is not sent again.
         """
 
         def pull() -> Order:
-            self._link.send(Kind.PULL, {})
+            nonlocal holds
+            self._link.send(Kind.PULL, {} if holds is None else {"version": holds})
             self._read_acceptances()
-            return _order(self._link.receive(Kind.SNAPSHOT, out))
+            header, num_bytes = self._link.receive(Kind.SNAPSHOT, out.nbytes)
+            held, holds = holds, None  # while it is written over, and the connection may break
+            self._intake.receive(self._link, protocol.field(header, "form", str), num_bytes, out, held)
+            return headers.order(header)
 
         with self._turn:
             return self._persist(pull)
@@ -102,13 +118,17 @@ class ParameterClient:
 
         Args:
             weights: must stay as they are until the next `pull`, `flush` or `finish` returns: they are sent again if
-                the connection breaks.
+                the connection breaks. Where pushes are encoded they are written over.
         """
         _require_short(push.totals)
         with self._turn:
-            self._unanswered.append((push, weights))
+            if self._outlet.is_encoding:
+                self._persist(self._read_acceptances)  # of what the codec's memory holds
+            payload, encoded_bytes = self._outlet.encode(weights)
+            push = replace(push, encoded_bytes=encoded_bytes)
+            self._unanswered.append((push, payload))
             try:
-                self._link.send(Kind.PUSH, _push_header(push), weights, push.totals)
+                self._link.send(Kind.PUSH, headers.push_header(push), payload, push.totals)
             except ConnectionLostError as error:
                 self._resume(error, time.monotonic())
 
@@ -117,10 +137,9 @@ class ParameterClient:
         with self._turn:
             self._persist(self._read_acceptances)
 
-    def finish(self, *, epoch_samples: list[int], epoch_seconds: list[float], step_s: float, sync_s: float) -> None:
+    def finish(self, spent: TimeSpent) -> None:
         """Tells the server that the partition is trained to its end."""
-        header = {"epoch_samples": epoch_samples, "epoch_seconds": epoch_seconds, "step_s": step_s, "sync_s": sync_s}
-        self._tell(Kind.FINISH, header)
+        self._tell(Kind.FINISH, vars(spent))
 
     def skip_epoch(self, epoch: int) -> None:
         """Tells the server that the partition has no rows to train in `epoch`, which it is at the beginning of."""
@@ -158,7 +177,7 @@ class ParameterClient:
     def _register(self) -> Granted:
         assert self._registration is not None
         self._link.send(Kind.REGISTER, vars(replace(self._registration, is_resuming=self._is_granted)))
-        header = self._link.receive(Kind.GRANTED)
+        header, _ = self._link.receive(Kind.GRANTED)
         return Granted(
             sequence=protocol.count(header, "sequence"),
             cursor=Cursor(protocol.count(header, "epoch"), protocol.count(header, "batch")),
@@ -167,7 +186,7 @@ class ParameterClient:
 
     def _read_acceptances(self) -> None:
         while self._unanswered:
-            sequence = protocol.count(self._link.receive(Kind.ACCEPTED), "sequence")
+            sequence = protocol.count(self._link.receive(Kind.ACCEPTED)[0], "sequence")
             if sequence != self._unanswered.pop(0)[0].sequence:
                 raise ProtocolError(f"expected another push to be accepted next, got {sequence}")
 
@@ -212,7 +231,7 @@ class ParameterClient:
         """Sends the pushes again that the server does not have."""
         self._unanswered = [pair for pair in self._unanswered if pair[0].sequence > granted.sequence]
         for push, weights in self._unanswered:
-            self._link.send(Kind.PUSH, _push_header(push), weights, push.totals)
+            self._link.send(Kind.PUSH, headers.push_header(push), weights, push.totals)
 
     def _beat(self) -> None:
         while not self._closing.wait(self._address.lease_timeout_s / 4):
@@ -225,40 +244,12 @@ class ParameterClient:
                     self._turn.release()
 
 
-def _order(header: Mapping[str, Any]) -> Order:
-    kind = protocol.field(header, "order", str)
-    if kind not in _ORDERS:
-        raise ProtocolError(f"expected an order that is one of {', '.join(_ORDERS)}, got {kind!r}")
-    values = protocol.field(header, "values", dict)
-    return Order(
-        version=protocol.count(header, "version"),
-        kind=_ORDERS[kind],
-        epoch=protocol.count(header, "epoch"),
-        num_steps=protocol.count(header, "num_steps"),
-        num_workers=protocol.count(header, "num_workers"),
-        values={name: protocol.field(values, name, float) for name in values},
-    )
-
-
 def _require_short(totals: bytes) -> None:
     if len(totals) > MAX_TOTALS_BYTES:
         raise ProtocolError(
             f"expected totals of at most {MAX_TOTALS_BYTES} bytes, got {len(totals)}: the model's metrics keep "
             f"too many numbers; use fewer metrics, or fewer thresholds"
         )
-
-
-def _push_header(push: Push) -> dict[str, object]:
-    return {
-        "sequence": push.sequence,
-        "epoch": push.cursor.epoch,
-        "batch": push.cursor.batch,
-        "num_steps": push.num_steps,
-        "num_samples": push.num_samples,
-        "version": push.version,
-        "sums": dict(push.sums),
-        "progress": push.progress,
-    }
 
 
 def _ends(text: str, num_chars: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from tornado.iostream import IOStream, StreamClosedError
 from tensorspark.errors import ProtocolError
 from tensorspark.ps import protocol
 from tensorspark.ps.buffers import BufferPool
-from tensorspark.ps.protocol import Kind
+from tensorspark.ps.protocol import Kind, Prefix
 from tensorspark.weights.layout import Buffer, WeightLayout
 
 logger = logging.getLogger(__name__)
@@ -27,12 +27,19 @@ _PART_BYTES = 2**22
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame from a worker; `payload` is a pooled buffer that the receiver gives back, `totals` came behind it."""
+    """A frame from a worker.
+
+    Attributes:
+        payload: a pooled buffer that the receiver gives back. Of weights that are encoded, its end holds the bytes.
+        totals: came behind it.
+        num_bytes: of the payload and the totals, on the wire.
+    """
 
     kind: Kind
     header: dict[str, Any]
     payload: Buffer | None
     totals: bytes = b""
+    num_bytes: int = 0
 
 
 class Connection:
@@ -43,10 +50,12 @@ class Connection:
         deadline_s: for the rest of a frame once it has begun, and for each write.
         may_take_last: whether a push of this worker may take the pool's last buffer, see `BufferPool`.
         totals_bytes: of an evaluation, and behind the weights of a push that has any.
+        is_encoded: whether pushes may be encoded.
 
     Attributes:
         heard_at: when a frame of the worker's began or ended last, or a part of a push came, on the monotonic clock.
         is_held_up: whether a push waits for a buffer, so that nothing of the worker is read.
+        held: the version of the weights that the worker says it has.
     """
 
     def __init__(
@@ -58,16 +67,19 @@ class Connection:
         deadline_s: float,
         may_take_last: Callable[[], bool] = lambda: True,
         totals_bytes: int = 0,
+        is_encoded: bool = False,
     ) -> None:
         self.number = number
         self.heard_at = time.monotonic()
         self.is_held_up = False
+        self.held: int | None = None
         self._may_take_last = may_take_last
         self._stream = stream
         self._layout = layout
         self._pool = pool
         self._deadline_s = deadline_s
         self._totals_bytes = totals_bytes
+        self._is_encoded = is_encoded
         self._unwritten: asyncio.Future[None] | None = None
 
     async def read(self) -> Frame:
@@ -86,18 +98,27 @@ class Connection:
         data = await self._stream.read_bytes(protocol.PREFIX_BYTES)
         self.heard_at = time.monotonic()
         prefix = protocol.decode_prefix(data, protocol.FROM_WORKER, self._layout.num_bytes + self._totals_bytes)
+        async with asyncio.timeout(self._deadline_s):
+            header = protocol.decode_header(await self._stream.read_bytes(prefix.header_bytes))
+        weights_bytes = self._weights_bytes(prefix, header)
+        payload = await self._read_payload(weights_bytes) if weights_bytes else None
+        totals = await self._read_totals(prefix.payload_bytes - weights_bytes, payload)
+        self.heard_at = time.monotonic()
+        return Frame(prefix.kind, header, payload, totals, prefix.payload_bytes)
+
+    def _weights_bytes(self, prefix: Prefix, header: Mapping[str, Any]) -> int:
+        """How much of the payload is weights; the rest of it is totals, or too long or short."""
         weights_bytes = self._layout.num_bytes if prefix.kind is Kind.PUSH else 0
+        if weights_bytes and "encoded" in header:
+            weights_bytes = protocol.count(header, "encoded")
+            if not (self._is_encoded and 0 < weights_bytes < self._layout.num_bytes):
+                raise ProtocolError(f"expected no push of {weights_bytes} encoded bytes")
         totals_bytes = self._totals_bytes if prefix.kind in (Kind.PUSH, Kind.EVALUATION) else 0
         expected = {weights_bytes + totals_bytes} | ({weights_bytes} if weights_bytes else set())
         if prefix.payload_bytes not in expected:
             sizes = " or ".join(map(str, sorted(expected)))
             raise ProtocolError(f"expected {prefix.kind.name} to carry {sizes} bytes, got {prefix.payload_bytes}")
-        async with asyncio.timeout(self._deadline_s):
-            header = protocol.decode_header(await self._stream.read_bytes(prefix.header_bytes))
-        payload = await self._read_payload() if weights_bytes else None
-        totals = await self._read_totals(prefix.payload_bytes - weights_bytes, payload)
-        self.heard_at = time.monotonic()
-        return Frame(prefix.kind, header, payload, totals)
+        return weights_bytes
 
     async def _read_totals(self, num_bytes: int, payload: Buffer | None) -> bytes:
         """What is behind the weights; where it does not come, `payload` goes back to the pool."""
@@ -114,7 +135,7 @@ class Connection:
             raise
         return bytes(totals)
 
-    async def _read_payload(self) -> Buffer:
+    async def _read_payload(self, num_bytes: int) -> Buffer:
         self.is_held_up = True
         try:
             buffer = await self._pool.take(self._may_take_last)
@@ -122,7 +143,7 @@ class Connection:
             self.is_held_up = False
         try:
             async with asyncio.timeout(self._deadline_s):
-                for part in _parts(buffer.data):
+                for part in _parts(buffer.data[buffer.nbytes - num_bytes :]):
                     await self._stream.read_into(part)  # type: ignore[arg-type]
                     self.heard_at = time.monotonic()
         except BaseException:

@@ -69,6 +69,8 @@ class Link:
 
     def close(self) -> None:
         self._is_broken = True
+        with contextlib.suppress(OSError, ValueError):  # a thread that waits for an answer learns of it
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def send(self, kind: Kind, header: Mapping[str, Any], payload: Buffer | None = None, totals: bytes = b"") -> None:
@@ -80,23 +82,28 @@ class Link:
         if totals:
             self._send_all(memoryview(totals))
 
-    def receive(self, expected: Kind, payload: Buffer | None = None) -> dict[str, Any]:
-        """The header of the next frame that says something, which must be `expected`; its payload fills `payload`."""
-        limit = 0 if payload is None else payload.nbytes
+    def receive(self, expected: Kind, limit_bytes: int = 0) -> tuple[dict[str, Any], int]:
+        """The header of the next frame that says something, which must be `expected`, and its payload's length.
+
+        Args:
+            limit_bytes: the longest payload that is taken; whoever gets one calls `fill` with as many bytes next.
+        """
         while True:
-            prefix = protocol.decode_prefix(self._receive_exactly(protocol.PREFIX_BYTES), protocol.FROM_SERVER, limit)
+            prefix = protocol.decode_prefix(
+                self._receive_exactly(protocol.PREFIX_BYTES), protocol.FROM_SERVER, limit_bytes
+            )
             header = protocol.decode_header(self._receive_exactly(prefix.header_bytes))
             if prefix.kind is not Kind.WAIT:
                 break
         if prefix.kind is Kind.REFUSED:
             raise protocol.refusal(header)
-        if prefix.kind is not expected or prefix.payload_bytes != limit:
-            raise ProtocolError(
-                f"expected {expected.name} with {limit} bytes, got {prefix.kind.name} with {prefix.payload_bytes}"
-            )
-        if payload is not None:
-            self._fill(payload.data)
-        return header
+        if prefix.kind is not expected:
+            raise ProtocolError(f"expected {expected.name}, got {prefix.kind.name}")
+        return header, prefix.payload_bytes
+
+    def fill(self, payload: Buffer) -> None:
+        """Receives a payload."""
+        self._fill(payload.data)
 
     def _upgrade(self) -> None:
         address = self._address

@@ -104,6 +104,8 @@ class Push:
             little-endian; or empty. All those rows are of one epoch: that before the cursor's step.
         sums: by fetch name, the sum over those rows of the step's value.
         progress: share of the partition's whole training that is done, 0 to 1; None where it is not known yet.
+        encoded_bytes: how long the weights are, as the run's codec for pushes has written them; 0: they are raw.
+        num_bytes: of weights and totals, on the wire.
     """
 
     sequence: int
@@ -114,11 +116,24 @@ class Push:
     sums: Mapping[str, float] = field(default_factory=dict)
     progress: float | None = None
     totals: bytes = field(default=b"", repr=False)
+    encoded_bytes: int = 0
+    num_bytes: int = 0
 
     @property
     def epoch(self) -> int:
         """Which its rows are of."""
         return max(0, self.cursor.epoch - (self.cursor.batch == 0))
+
+
+@dataclass(frozen=True)
+class TimeSpent:
+    """What a worker's time went to; see `history.WorkerReport`."""
+
+    epoch_samples: tuple[int, ...] = ()
+    epoch_seconds: tuple[float, ...] = ()
+    step_s: float = 0.0
+    sync_s: float = 0.0
+    hidden_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Frames: what a worker and the server say to each other after the HTTP upgrade to ``tensorspark/3``.
+"""Frames: what a worker and the server say to each other after the HTTP upgrade to ``tensorspark/4``.
 
 A frame is a fixed 16-byte prefix, a msgpack header (a map with string keys) and a raw payload::
 
@@ -8,9 +8,12 @@ A frame is a fixed 16-byte prefix, a msgpack header (a map with string keys) and
             6  header length   u16      little endian, as all numbers
             8  payload length  u64
 
-The payload is a flat weights buffer as `WeightLayout` lays it out, or empty. In a run with epochs, a push's weights may
-have the *totals* of its rows behind them, and an evaluation has its totals for a payload: float64, little-endian, of a
-length that both sides know, at most 1 MiB (a header could not hold them). Lengths are checked against what the receiver
+The payload is a flat weights buffer as `WeightLayout` lays it out, or empty. A push may carry its weights as the run's
+codec has written them (`weights.codecs`): its header's ``encoded`` says how many bytes. A snapshot's header says in
+``form`` what it carries: the weights, encoded or not, or what of them changed since the version that the PULL named, or
+nothing (`ps.snapshots.Form`). In a run with epochs, a push's weights may have the *totals* of its rows behind them, and
+an evaluation has its totals for a payload: float64, little-endian, of a length that both sides know, at most 1 MiB (a
+header could not hold them). Lengths are checked against what the receiver
 expects before any memory is taken; nothing is ever unpickled. A change of the format raises `VERSION`, and the tests
 keep frozen frames of every version.
 """
@@ -36,7 +39,7 @@ from tensorspark.errors import (
 )
 
 MAGIC = b"TSPK"
-VERSION = 3
+VERSION = 4
 PATH = "/workers"
 UPGRADE = f"tensorspark/{VERSION}"
 PREFIX_BYTES = 16

@@ -7,11 +7,14 @@ import concurrent.futures
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from tensorspark.errors import CombinerError, NonFiniteError, RefusedError, TensorsparkError
-from tensorspark.ps.buffers import BufferPool, SnapshotStore
+from tensorspark.errors import CombinerError, NonFiniteError, ProtocolError, RefusedError, TensorsparkError
+from tensorspark.ps.buffers import BufferPool
 from tensorspark.ps.messages import Fold, Publish
+from tensorspark.ps.snapshots import Derived, SnapshotStore
+from tensorspark.weights.codecs import Codec
 from tensorspark.weights.combiners import Contribution, WeightCombiner
 from tensorspark.weights.layout import Buffer, WeightLayout
 
@@ -31,11 +34,22 @@ class Listener(Protocol):
     def on_published(self, folds: list[Fold], error: TensorsparkError | None) -> None: ...
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """What is to be done between two rounds."""
+
+    make: Callable[[], object]
+    future: asyncio.Future[object]
+    at_version: int
+    holds: bool
+
+
 class Rounds:
     """The weights of a run and the round that is being folded. All methods are called on the server's loop.
 
     Args:
         executor: does the arithmetic of large weights, one step at a time.
+        codec: of pushes that are encoded.
     """
 
     def __init__(
@@ -46,6 +60,7 @@ class Rounds:
         store: SnapshotStore,
         executor: Executor,
         listener: Listener,
+        codec: Codec | None = None,
     ) -> None:
         self._layout = layout
         self._combiner = combiner
@@ -53,12 +68,15 @@ class Rounds:
         self._store = store
         self._executor = executor
         self._listener = listener
+        self._codec = codec
         self._is_inline = combiner.is_elementwise and layout.num_bytes <= _INLINE_BYTES
         self._payloads: dict[tuple[int, int], Buffer] = {}
         self._queue: deque[Fold | Publish] = deque()
         self._partial: Buffer | None = None
         self._folds: list[Fold] = []  # in `partial`
-        self._cuts: list[tuple[Callable[[], object], asyncio.Future[object]]] = []
+        self._derived = Derived()  # of what is to be published
+        self._cuts: list[_Cut] = []
+        self._is_held = False  # between two rounds, until `go_on`
         self._working: asyncio.Task[None] | None = None
         self._is_abandoned = False
 
@@ -71,8 +89,12 @@ class Rounds:
         self._queue.append(decision)
         self._work()
 
-    def between_rounds(self, cut: Callable[[], _T]) -> asyncio.Future[_T]:
+    def between_rounds(self, cut: Callable[[], _T], *, at_version: int = 0, holds: bool = False) -> asyncio.Future[_T]:
         """Calls `cut` when no round is open and no arithmetic goes on, so that weights, combiner and state agree.
+
+        Args:
+            at_version: not before the weights are of this version. Where `holds` has stopped them, they go on up to it.
+            holds: begins no round after it, until `go_on`.
 
         Returns:
             What `cut` returns; cancelled where the run is abandoned: its open round never ends.
@@ -81,9 +103,15 @@ class Rounds:
         if self._is_abandoned:
             future.cancel()
             return future
-        self._cuts.append((cut, future))  # type: ignore[arg-type]
+        self._cuts.append(_Cut(cut, future, at_version, holds))  # type: ignore[arg-type]
+        self._is_held = self._is_held and self._store.current.version >= at_version
         self._work()
         return future
+
+    def go_on(self) -> None:
+        """Ends what `between_rounds` holds."""
+        self._is_held = False
+        self._work()
 
     def abandon(self) -> None:
         """Forgets what is submitted and kept; a step that goes on ends first."""
@@ -91,8 +119,8 @@ class Rounds:
         for payload in self._payloads.values():
             self._pool.put_back(payload)
         self._payloads.clear()
-        for _, future in self._cuts:
-            future.cancel()
+        for cut in self._cuts:
+            cut.future.cancel()
         self._cuts.clear()
         self._is_abandoned = True
 
@@ -102,15 +130,20 @@ class Rounds:
         if not self._is_inline:
             self._working = asyncio.get_running_loop().create_task(self._work_through())
             return
-        while self._queue:
+        self._make_cuts()
+        while self._queue and not self._is_held:
             step = self._queue.popleft()
             if isinstance(step, Fold):
                 payload = self._take_payload(step)
                 self._conclude_fold(step, payload, self._fold(step, payload))
             else:
                 self._conclude_round(self._finish(step))
-        for cut, future in self._due_cuts():
-            _settle(future, cut)
+            self._make_cuts()
+
+    def _make_cuts(self) -> None:
+        for cut in self._due_cuts():
+            self._is_held |= cut.holds and not cut.future.cancelled()
+            _settle(cut.future, cut.make)
 
     async def _work_through(self) -> None:
         def elsewhere(function: Callable[..., _T], *arguments: object) -> asyncio.Future[_T]:
@@ -118,9 +151,10 @@ class Rounds:
 
         try:
             while True:
-                for cut, future in self._due_cuts():
-                    await elsewhere(_settle_from_thread, asyncio.get_running_loop(), future, cut)
-                if not self._queue:
+                for cut in self._due_cuts():
+                    self._is_held |= cut.holds and not cut.future.cancelled()
+                    await elsewhere(_settle_from_thread, asyncio.get_running_loop(), cut.future, cut.make)
+                if not self._queue or self._is_held:
                     return
                 step = self._queue.popleft()
                 if isinstance(step, Fold):
@@ -134,11 +168,13 @@ class Rounds:
     def _take_payload(self, fold: Fold) -> Buffer:
         return self._payloads.pop((fold.connection, fold.push.sequence))
 
-    def _due_cuts(self) -> list[tuple[Callable[[], object], asyncio.Future[object]]]:
-        if self._folds:
+    def _due_cuts(self) -> list[_Cut]:
+        if self._folds or not self._cuts:
             return []
-        cuts, self._cuts = self._cuts, []
-        return cuts
+        version = self._store.current.version
+        due = [cut for cut in self._cuts if cut.at_version <= version]
+        self._cuts = [cut for cut in self._cuts if cut.at_version > version]
+        return due
 
     # Arithmetic, maybe on another thread
 
@@ -148,6 +184,12 @@ class Rounds:
             return RefusedError("a push before this one was refused")
         current = self._store.current
         push = fold.push
+        if push.encoded_bytes:
+            assert self._codec is not None
+            try:
+                self._codec.decode(self._layout, payload, push.encoded_bytes)
+            except ProtocolError as problem:
+                return RefusedError(f"the push of partition {fold.partition} does not decode: {problem}")
         contribution = Contribution(fold.partition, push.num_samples, current.version - push.version)
         error = self._guarded(
             "fold", lambda: self._combiner.fold(self._layout, current.buffer, self._partial, payload, contribution)
@@ -169,6 +211,8 @@ class Rounds:
         error = self._guarded(
             "finish", lambda: self._combiner.finish(self._layout, current, folded, num_pushes, num_workers)
         )
+        if error is None:
+            self._derived = self._store.derive(folded)
         if not isinstance(error, NonFiniteError):
             return error
         return CombinerError(
@@ -200,7 +244,7 @@ class Rounds:
         folded, self._partial = self._partial, None
         folds, self._folds = self._folds, []
         if folded is not None and error is None:
-            self._store.publish(folded)
+            self._store.publish(folded, self._derived)
         elif folded is not None:
             self._pool.put_back(folded)
         self._listener.on_published(folds, error)

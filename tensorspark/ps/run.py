@@ -13,33 +13,31 @@ from tornado.iostream import IOStream, StreamClosedError
 
 from tensorspark.errors import ProtocolError, TensorsparkError
 from tensorspark.history import Point, Recorder, WorkerReport
-from tensorspark.ps import protocol
-from tensorspark.ps.buffers import BufferPool, SnapshotStore
+from tensorspark.ps import headers, protocol
+from tensorspark.ps.buffers import BufferPool
 from tensorspark.ps.checkpoint import RunCheckpoint
 from tensorspark.ps.connection import Connection, Frame
 from tensorspark.ps.messages import (
     Accept,
     Close,
-    Cursor,
     Decision,
     EpochEnd,
     EpochPlan,
     Fold,
     Grant,
     Keep,
-    Order,
     Publish,
-    Push,
     Refuse,
-    Registration,
     SendSnapshot,
     Status,
 )
 from tensorspark.ps.protocol import Kind
 from tensorspark.ps.rounds import Rounds
+from tensorspark.ps.snapshots import SnapshotStore
 from tensorspark.ps.state import RunState
 from tensorspark.ps.sync import SyncPlan
 from tensorspark.weights.combiners import CombinerState, WeightCombiner
+from tensorspark.weights.compression import NO_COMPRESSION, Compression
 from tensorspark.weights.layout import Buffer, WeightLayout
 
 logger = logging.getLogger(__name__)
@@ -47,8 +45,6 @@ logger = logging.getLogger(__name__)
 _TICK_S = 0.25
 # So many frames of one worker are handled before the others have their turn.
 _FRAMES_A_TURN = 16
-# Of the steps or rows in one report: what is added up of them goes out as 63 bits, however many report.
-_COUNT_BITS = 40
 
 
 class Run:
@@ -63,6 +59,7 @@ class Run:
         sync: how workers are kept in step.
         resume: where a restored run stood; `weights` are its weights.
         epochs: what is done between epochs; None: nothing.
+        compression: how weights travel.
     """
 
     def __init__(
@@ -80,11 +77,14 @@ class Run:
         sync: SyncPlan | None = None,
         resume: RunCheckpoint | None = None,
         epochs: EpochPlan | None = None,
+        compression: Compression = NO_COMPRESSION,
     ) -> None:
         version = resume.version if resume else 0
         self.layout = layout
         self.pool = BufferPool(layout, receive_buffer_bytes)
-        self.store = SnapshotStore(self.pool, weights, version)
+        self.store = SnapshotStore(
+            layout, self.pool, weights, version, codec=compression.pull_codec, by_row=compression.pulls_rows
+        )
         self.state = RunState(
             number,
             layout,
@@ -98,7 +98,8 @@ class Run:
         )
         self._totals_bytes = epochs.totals_bytes if epochs else 0
         self._combiner = combiner
-        self._rounds = Rounds(layout, combiner, self.pool, self.store, executor, self)
+        self._push_codec = compression.push_codec
+        self._rounds = Rounds(layout, combiner, self.pool, self.store, executor, self, self._push_codec)
         self._io_timeout_s = io_timeout_s
         self._lease_timeout_s = lease_timeout_s
         self._connections: dict[int, Connection] = {}
@@ -123,6 +124,7 @@ class Run:
             self._io_timeout_s,
             may_take_last=lambda: self.state.may_take_last_buffer(number),
             totals_bytes=self._totals_bytes,
+            is_encoded=self._push_codec is not None,
         )
         self._connections[number] = connection
         try:
@@ -144,6 +146,14 @@ class Run:
         # The cut may be made on the thread of the arithmetic: what it reads changes on the loop only while a round goes
         # on, but for reports, which are replaced whole.
         return self._rounds.between_rounds(self._cut)
+
+    def hold(self, at_version: int) -> asyncio.Future[int]:
+        """Stops between two rounds, once the weights are of this version or newer, until `go_on`; tells theirs."""
+        return self._rounds.between_rounds(lambda: self.store.current.version, at_version=at_version, holds=True)
+
+    def go_on(self) -> None:
+        """Ends what `hold` began."""
+        self._rounds.go_on()
 
     def _cut(self) -> RunCheckpoint:
         partitions, epochs = self.state.export_with_epochs()
@@ -207,23 +217,21 @@ class Run:
     def _handle(self, connection: Connection, frame: Frame) -> None:
         header, number = frame.header, connection.number
         if frame.kind is Kind.PULL:
+            connection.held = protocol.count(header, "version") if "version" in header else None
             decisions = self.state.pull(number)
         elif frame.kind is Kind.PUSH:
             decisions = self._push(number, frame)
         elif frame.kind is Kind.REGISTER:
-            decisions = self.state.register(number, _registration(header), time.monotonic())
+            decisions = self.state.register(number, headers.registration(header), time.monotonic())
         elif frame.kind is Kind.FINISH:
-            decisions = self.state.finish(
-                number,
-                epoch_samples=protocol.numbers(header, "epoch_samples", int),
-                epoch_seconds=protocol.numbers(header, "epoch_seconds", float),
-                step_s=protocol.field(header, "step_s", float),
-                sync_s=protocol.field(header, "sync_s", float),
-            )
+            decisions = self.state.finish(number, headers.time_spent(header))
         elif frame.kind is Kind.SKIP:
             decisions = self.state.skip(number, protocol.count(header, "epoch"))
         elif frame.kind is Kind.EVALUATION:
-            epoch, num_samples = protocol.count(header, "epoch"), protocol.count(header, "num_samples", _COUNT_BITS)
+            epoch, num_samples = (
+                protocol.count(header, "epoch"),
+                protocol.count(header, "num_samples", headers.COUNT_BITS),
+            )
             decisions = self.state.evaluate(number, epoch, frame.totals, num_samples)
         elif frame.kind is Kind.ALIVE:
             return
@@ -236,7 +244,7 @@ class Run:
         assert frame.payload is not None
         is_kept = False
         try:
-            push = _push(frame.header, frame.totals)
+            push = headers.push(frame)
             decisions = self.state.push(number, push)
             is_kept = Keep() in decisions
         finally:
@@ -273,14 +281,16 @@ class Run:
             logger.info("connection %d refused: %s", connection.number, decision.error)
             connection.write(Kind.REFUSED, protocol.refusal_header(decision.error))
         elif isinstance(decision, Grant):
-            connection.write(Kind.GRANTED, _granted_header(decision))
+            connection.write(Kind.GRANTED, headers.granted_header(decision))
         else:
             connection.close()
 
     def _send_snapshot(self, connection: Connection, decision: SendSnapshot) -> None:
         snapshot = self.store.pin()
-        header = _order_header(self.state.order(decision, snapshot.version))
-        connection.write(Kind.SNAPSHOT, header, snapshot.buffer, lambda: self.store.unpin(snapshot))
+        form, payload = self.store.payload(snapshot, connection.held)
+        header = {**headers.order_header(self.state.order(decision, snapshot.version)), "form": form.value}
+        self.state.sent(connection.number, 0 if payload is None else payload.nbytes)
+        connection.write(Kind.SNAPSHOT, header, payload, lambda: self.store.unpin(snapshot))
 
     # What came of folds and rounds
 
@@ -330,48 +340,3 @@ class Run:
         for connection in list(self._connections.values()):
             if connection.is_held_up or self.state.is_waiting(connection.number):
                 connection.write(Kind.WAIT, {})
-
-
-def _registration(header: dict[str, object]) -> Registration:
-    return Registration(
-        run=protocol.count(header, "run"),
-        partition=protocol.count(header, "partition"),
-        attempt=protocol.count(header, "attempt"),
-        fingerprint=protocol.field(header, "fingerprint", str),
-        host=protocol.field(header, "host", str),
-        is_resuming=protocol.field(header, "is_resuming", bool),
-    )
-
-
-def _push(header: dict[str, object], totals: bytes) -> Push:
-    sums = protocol.field(header, "sums", dict)
-    return Push(
-        sequence=protocol.count(header, "sequence"),
-        cursor=Cursor(protocol.count(header, "epoch"), protocol.count(header, "batch")),
-        num_steps=protocol.count(header, "num_steps", _COUNT_BITS),
-        num_samples=protocol.count(header, "num_samples", _COUNT_BITS),
-        version=protocol.count(header, "version"),
-        sums={str(name): protocol.field(sums, name, float) for name in sums},
-        progress=None if header.get("progress") is None else protocol.field(header, "progress", float),
-        totals=totals,
-    )
-
-
-def _order_header(order: Order) -> dict[str, object]:
-    return {
-        "version": order.version,
-        "order": order.kind.value,
-        "epoch": order.epoch,
-        "num_steps": order.num_steps,
-        "num_workers": order.num_workers,
-        "values": dict(order.values),
-    }
-
-
-def _granted_header(grant: Grant) -> dict[str, object]:
-    return {
-        "sequence": grant.sequence,
-        "epoch": grant.cursor.epoch,
-        "batch": grant.cursor.batch,
-        "finished": grant.finished,
-    }

@@ -20,6 +20,7 @@ from tensorspark.ps.messages import EpochEnd, EpochPlan, Status
 from tensorspark.ps.run import Run
 from tensorspark.ps.sync import SyncPlan
 from tensorspark.weights.combiners import WeightCombiner
+from tensorspark.weights.compression import NO_COMPRESSION, Compression
 from tensorspark.weights.layout import Buffer, WeightLayout
 
 _CALL_TIMEOUT_S = 60.0
@@ -119,6 +120,7 @@ class ParameterServer:
         sync: SyncPlan = _ASYNCHRONOUS,
         resume: RunCheckpoint | None = None,
         epochs: EpochPlan | None = None,
+        compression: Compression = NO_COMPRESSION,
     ) -> int:
         """Starts a run and returns its number; workers of earlier runs are refused from now.
 
@@ -127,6 +129,7 @@ class ParameterServer:
             sync: how workers are kept in step.
             resume: what the run goes on from; None begins anew.
             epochs: has workers stop at the end of every epoch, until `release_epoch`; None: they never do.
+            compression: how weights travel; workers must be told the same.
 
         Raises:
             CheckpointError: `resume` is of other metrics than `epochs`.
@@ -150,6 +153,7 @@ class ParameterServer:
                 sync=sync,
                 resume=resume,
                 epochs=epochs,
+                compression=compression,
             )
             return self._num_runs
 
@@ -232,6 +236,32 @@ class ParameterServer:
 
     async def _captured(self) -> RunCheckpoint:
         return await self._current().capture()
+
+    def hold(self, at_version: int, timeout_s: float) -> int | None:
+        """Stops the current run between two rounds, once its weights are of this version, until `go_on`.
+
+        Returns:
+            Their version; None where that did not come about within the timeout: then nothing is stopped.
+        """
+        future = asyncio.run_coroutine_threadsafe(self._held(at_version), self._loop)
+        try:
+            return future.result(timeout_s)
+        except (TimeoutError, concurrent.futures.CancelledError):
+            future.cancel()
+            self.go_on()
+            return None
+
+    async def _held(self, at_version: int) -> int:
+        return await self._current().hold(at_version)
+
+    def go_on(self) -> None:
+        """Ends what `hold` began."""
+        self._call(lambda: self._current().go_on())
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether no more epoch of the current run will end: it has failed, was stopped or is finishing."""
+        return self._call(lambda: self._current().state.stopped or self._current().state.is_finishing)
 
     def close(self) -> None:
         """Ends the run, closes all connections and the port, and ends the threads. Idempotent."""

@@ -40,6 +40,7 @@ from tensorspark.ps.messages import (
     Registration,
     SendSnapshot,
     Status,
+    TimeSpent,
 )
 from tensorspark.ps.partition import Partition
 from tensorspark.ps.status import status_of
@@ -130,6 +131,7 @@ class RunState:
             self._leases.count_refusal(connection)
             return [Refuse(connection, held)]
         held.count("num_pushed")
+        held.count("num_bytes_pushed", push.num_bytes)
         if push.sequence <= held.folded:
             held.count("num_repeated")
             return [Accept(connection, push.sequence)]
@@ -152,15 +154,13 @@ class RunState:
         # what is evaluated, weigh a multiple.
         return [Keep(), fold, Publish(max(1, self._gate.num_awaited))]
 
-    def finish(
-        self,
-        connection: int,
-        *,
-        epoch_samples: tuple[int, ...],
-        epoch_seconds: tuple[float, ...],
-        step_s: float,
-        sync_s: float,
-    ) -> list[Decision]:
+    def sent(self, connection: int, num_bytes: int) -> None:
+        """A worker is sent a snapshot of so many bytes."""
+        partition = self._leases.of(connection)
+        if partition is not None:
+            partition.count("num_bytes_pulled", num_bytes)
+
+    def finish(self, connection: int, spent: TimeSpent) -> list[Decision]:
         """A worker has trained its partition to the end."""
         held = self._held_by(connection)
         if isinstance(held, RefusedError):
@@ -168,9 +168,7 @@ class RunState:
         if held.num_unpublished:
             raise ProtocolError("a partition can finish only when its pushes are accepted")
         held.progress = 1.0
-        held.update(
-            finished=True, epoch_samples=epoch_samples, epoch_seconds=epoch_seconds, step_s=step_s, sync_s=sync_s
-        )
+        held.update(finished=True, **vars(spent))
         self._gate.end(held.index)
         return [Accept(connection, held.folded), *self._go_on()]
 

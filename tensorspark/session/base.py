@@ -14,7 +14,7 @@ from tensorspark.driver.engine import Engine
 from tensorspark.driver.inputs import Names
 from tensorspark.errors import CheckpointError, SessionClosedError
 from tensorspark.ps.messages import Status
-from tensorspark.ps.server import ParameterServer
+from tensorspark.shards.server import AnyServer
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class Session:
         self._engine.close()
 
     @property
-    def _server(self) -> ParameterServer | None:
+    def _server(self) -> AnyServer | None:
         return self._engine.server
 
     def _open(self, session: Any, graph: Any, config: Any) -> Any:

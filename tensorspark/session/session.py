@@ -9,7 +9,7 @@ from pyspark import RDD
 
 from tensorspark.data.decoders import RowDecoder
 from tensorspark.driver.arguments import RunPlan, arrange, as_combiner, as_seed, check_feed, checked_count
-from tensorspark.errors import ConfigError, SessionClosedError
+from tensorspark.errors import ConfigError, SessionClosedError, ShardLostError
 from tensorspark.session.fitting import FittingSession
 from tensorspark.weights.combiners import WeightCombiner
 
@@ -106,7 +106,7 @@ class SparkSession(FittingSession):
         if feed_rdd is None:
             return self._session.run(fetches, feed_dict, options, run_metadata)
         check_feed(feed_rdd, feed_name_list, param_list, run_metadata)
-        engine, staleness = self._engine, self._engine.config.staleness
+        engine, staleness = self._engine, self._engine.config.gate_staleness
         checked_count("num_epochs", num_epochs)
         captured = model.capture(fetches, feed_name_list or (), param_list or (), feed_dict, options)
         arranged = arrange(feed_rdd, engine.num_slots, at_once=staleness == 0, restored=engine.restored)
@@ -121,7 +121,11 @@ class SparkSession(FittingSession):
             num_epochs=num_epochs,
             seed=as_seed(seed, engine.restored),
         )
-        return engine.train(model, captured, plan, progress=progress, keeps_server=server_reusable)
+        while True:
+            try:
+                return engine.train(model, captured, plan, progress=progress, keeps_server=server_reusable)
+            except ShardLostError as error:
+                engine.recover(model, error)
 
     def _graph_model(self, method: str) -> Any:
         if not hasattr(self._model, "session"):

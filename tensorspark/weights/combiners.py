@@ -114,6 +114,10 @@ class WeightCombiner:
         """The hyperparameters: a run is continued with the same combiner and settings only."""
         return {}
 
+    def for_range(self, layout: WeightLayout, start: int, stop: int) -> WeightCombiner:
+        """The rule for a range of the layout's buffers, which a shard serves; `layout` is of the whole buffer."""
+        return self
+
     def fold(
         self, layout: WeightLayout, current: Buffer, partial: Buffer | None, pushed: Buffer, contribution: Contribution
     ) -> bool:

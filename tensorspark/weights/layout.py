@@ -24,6 +24,9 @@ from numpy.typing import NDArray
 from tensorspark.errors import LayoutMismatchError
 
 ALIGNMENT_BYTES = 64
+_MIN_TABLE_ROWS = 64
+_MAX_TABLE_ROWS = 2**32 - 2  # indices are of 32 bits
+_MAX_ROW_BYTES = 2**18
 
 Buffer = NDArray[np.uint8]
 """All weights of a model: `[layout.num_bytes] uint8`, 64-byte aligned."""
@@ -44,6 +47,14 @@ class TensorSpec:
     @property
     def num_bytes(self) -> int:
         return self.num_elements * np.dtype(self.dtype).itemsize
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it may be looked up by row, as an embedding is: two dimensions or more, 64 rows or more, of at
+        most 256 KiB."""
+        if len(self.shape) < 2 or not _MIN_TABLE_ROWS <= self.shape[0] <= _MAX_TABLE_ROWS:
+            return False
+        return 0 < self.num_bytes // self.shape[0] <= _MAX_ROW_BYTES
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}{list(self.shape)}"

@@ -61,6 +61,17 @@ class StateAveragingCombiner(RoundCombiner):
     def is_elementwise(self) -> bool:
         return is_ours(type(self)) and self._combiner.is_elementwise
 
+    def for_range(self, layout: WeightLayout, start: int, stop: int) -> WeightCombiner:
+        trained = self._split(layout)[0]
+        num_trained = sum(
+            start < trained.offsets[s.name] + s.num_bytes and trained.offsets[s.name] < stop
+            for s in trained.specs
+            if s.num_bytes
+        )
+        if stop <= trained.num_bytes:
+            return self._combiner.for_range(trained, start, stop)
+        return StateAveragingCombiner(self._combiner, num_trained) if num_trained else self._mean
+
     def fold(
         self, layout: WeightLayout, current: Buffer, partial: Buffer | None, pushed: Buffer, contribution: Contribution
     ) -> bool:

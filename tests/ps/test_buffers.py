@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
-from tensorspark.ps.buffers import BufferPool, SnapshotStore
+from tensorspark.ps.buffers import BufferPool
 from tensorspark.ps.messages import Cursor, Fold, Push, Registration
+from tensorspark.ps.snapshots import Derived, SnapshotStore
 from tensorspark.ps.state import RunState
 from tensorspark.ps.sync import SyncPlan
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
@@ -23,7 +24,7 @@ def pool() -> BufferPool:
 
 @pytest.fixture
 def store(pool: BufferPool) -> SnapshotStore:
-    return SnapshotStore(pool, filled(1))
+    return SnapshotStore(LAYOUT, pool, filled(1))
 
 
 def filled(value: int) -> Buffer:
@@ -36,7 +37,7 @@ def publish(pool: BufferPool, store: SnapshotStore, value: int) -> None:
     buffer = pool.take_now()
     assert buffer is not None
     buffer[:] = value
-    store.publish(buffer)
+    store.publish(buffer, Derived())
 
 
 def test_a_pinned_snapshot_keeps_its_bytes_through_any_number_of_versions(
@@ -77,7 +78,7 @@ def test_a_snapshot_pinned_twice_is_recycled_after_both_readers_are_done(
 
 def test_the_first_snapshot_is_a_copy(pool: BufferPool) -> None:
     weights = filled(7)
-    store = SnapshotStore(pool, weights)
+    store = SnapshotStore(LAYOUT, pool, weights)
     weights[:] = 0
     assert set(store.current.buffer.tolist()) == {7}
 
@@ -116,7 +117,7 @@ def test_a_bulk_synchronous_round_ends_in_any_order_of_arrival_with_few_buffers(
 
     async def scenario() -> None:
         pool = BufferPool(LAYOUT, limit_bytes)
-        store = SnapshotStore(pool, filled(1))
+        store = SnapshotStore(LAYOUT, pool, filled(1))
         if reads_old_version:
             store.pin()
             publish(pool, store, 2)

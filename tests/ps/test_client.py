@@ -16,7 +16,7 @@ import pytest
 from tensorspark.errors import ConnectionLostError, LeaseLostError
 from tensorspark.ps.client import Granted, ParameterClient, ServerAddress
 from tensorspark.ps.link import Link
-from tensorspark.ps.messages import Cursor, Push, Registration
+from tensorspark.ps.messages import Cursor, Push, Registration, TimeSpent
 from tensorspark.ps.protocol import Kind
 from tensorspark.ps.server import ParameterServer
 from tensorspark.ps.sync import SyncPlan
@@ -226,7 +226,7 @@ def test_a_finish_whose_answer_is_lost_is_a_finish(start: Start) -> None:
     cluster = start(partitions=1)
     worker = cluster.worker()
     cluster.proxy.cuts["down"] = 0
-    worker.finish(epoch_samples=[7], epoch_seconds=[0.5], step_s=1.0, sync_s=2.0)
+    worker.finish(TimeSpent((7,), (0.5,), step_s=1.0, sync_s=2.0))
     assert cluster.server.status().num_finished == 1
 
 
@@ -297,7 +297,7 @@ def test_a_silent_worker_loses_its_lease_to_the_next_attempt(start: Start) -> No
     assert cluster.client().register(cluster.registration(attempt=2)) == Granted(0, Cursor(), finished=False)
     assert 0.5 < time.monotonic() - began < 5
     with pytest.raises(ConnectionLostError):
-        link.receive(Kind.SNAPSHOT, LAYOUT.allocate())
+        link.receive(Kind.SNAPSHOT, LAYOUT.num_bytes)
     link.close()
     assert cluster.server.records()[1][0].num_attempts == 2
 

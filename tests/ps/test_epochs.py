@@ -34,6 +34,7 @@ from tensorspark.ps.messages import (
     OrderKind,
     Push,
     Registration,
+    TimeSpent,
 )
 from tensorspark.ps.protocol import Kind
 from tensorspark.ps.server import ParameterServer
@@ -101,7 +102,7 @@ class Worker:
     def obey(self, order: Order) -> bool:
         """Does what it is told; False at the end."""
         if order.kind is OrderKind.FINISH:
-            self.client.finish(epoch_samples=[], epoch_seconds=[], step_s=0.0, sync_s=0.0)
+            self.client.finish(TimeSpent())
             return False
         if order.kind is OrderKind.EVALUATE:
             self.evaluate(order.epoch)

@@ -101,7 +101,11 @@ class Fleet:
             await _receive(reader, Kind.GRANTED)
             for round_ in range(NUM_ROUNDS):
                 await self._train(reader, writer, partition, round_)
-            _send(writer, Kind.FINISH, {"epoch_samples": [40], "epoch_seconds": [0.5], "step_s": 0.25, "sync_s": 0.25})
+            _send(
+                writer,
+                Kind.FINISH,
+                {"epoch_samples": [40], "epoch_seconds": [0.5], "step_s": 0.25, "sync_s": 0.25, "hidden_s": 0.0},
+            )
             await _receive(reader, Kind.ACCEPTED)
             self.num_finished += 1
         finally:

@@ -13,9 +13,10 @@ import pytest
 from numpy.typing import NDArray
 
 from tensorspark.errors import CombinerError, NonFiniteError, RefusedError, TensorsparkError
-from tensorspark.ps.buffers import BufferPool, SnapshotStore
+from tensorspark.ps.buffers import BufferPool
 from tensorspark.ps.messages import Cursor, Fold, Publish, Push
 from tensorspark.ps.rounds import Rounds
+from tensorspark.ps.snapshots import SnapshotStore
 from tensorspark.weights.combiners import DeltaWeightCombiner, MeanWeightCombiner, WeightCombiner
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 
@@ -63,7 +64,7 @@ class Bench:
     def __init__(self, layout: WeightLayout, combiner: WeightCombiner, executor: Executor) -> None:
         self.layout = layout
         self.pool = BufferPool(layout, limit_bytes=4 * layout.num_bytes)
-        self.store = SnapshotStore(self.pool, self.filled(2))
+        self.store = SnapshotStore(self.layout, self.pool, self.filled(2))
         self.rounds = Rounds(layout, combiner, self.pool, self.store, executor, self)
         self.events: list[tuple[str, Any]] = []
         self.errors: list[TensorsparkError] = []

@@ -378,7 +378,7 @@ BAD_FRAMES = {
     ) + bytes(SMALL.num_bytes),
     "report with lists": protocol.encode(Kind.FAIL, {"message": [], "traceback": {}}),
     "epochs that are no numbers": protocol.encode(
-        Kind.FINISH, {"epoch_samples": [None], "epoch_seconds": [[]], "step_s": 0.0, "sync_s": 0.0}
+        Kind.FINISH, {"epoch_samples": [None], "epoch_seconds": [[]], "step_s": 0.0, "sync_s": 0.0, "hidden_s": 0.0}
     ),
 }  # fmt: skip
 

@@ -27,6 +27,7 @@ from tensorspark.ps.messages import (
     Refuse,
     Registration,
     SendSnapshot,
+    TimeSpent,
 )
 from tensorspark.ps.state import RunState
 from tensorspark.ps.sync import SyncPlan
@@ -127,7 +128,7 @@ def send(state: RunState, event: str, connection: int) -> list[Decision]:
         return state.pull(connection)
     if event == "fail":
         return state.fail(connection, "ValueError: no", "Traceback")
-    return state.finish(connection, epoch_samples=(), epoch_seconds=(), step_s=0.0, sync_s=0.0)
+    return state.finish(connection, TimeSpent())
 
 
 def test_a_connection_registers_once(state: RunState) -> None:

@@ -30,6 +30,7 @@ from tensorspark.ps.messages import (
     Refuse,
     Registration,
     SendSnapshot,
+    TimeSpent,
 )
 from tensorspark.ps.state import RunState
 from tensorspark.ps.sync import SyncPlan
@@ -238,7 +239,7 @@ class World:
 
     def _finish(self, attempt: Attempt) -> None:
         connection = self._connection(attempt)
-        decisions = self.state.finish(connection, epoch_samples=(), epoch_seconds=(), step_s=0.0, sync_s=0.0)
+        decisions = self.state.finish(connection, TimeSpent())
         if isinstance(decisions[0], Accept):
             assert self.books.holder[attempt.partition] == connection
             self.books.finished.add(attempt.partition)

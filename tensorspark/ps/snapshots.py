@@ -1,0 +1,155 @@
+"""Versions of the weights, and how much of one a puller is sent: nothing, what changed, all, or all of it encoded."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensorspark.ps.buffers import BufferPool
+from tensorspark.weights.changes import Units
+from tensorspark.weights.codecs import Codec
+from tensorspark.weights.layout import Buffer, WeightLayout
+
+
+class Form(enum.Enum):
+    """What a snapshot's payload is.
+
+    SAME: nothing, as the worker has this version. PATCH: what changed since the version that the worker has
+    (`weights.changes`). WHOLE: the weights. ENCODED: the weights, as the run's codec for pulls writes them.
+    """
+
+    SAME = "same"
+    PATCH = "patch"
+    WHOLE = "whole"
+    ENCODED = "encoded"
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What is made of new weights before they are published.
+
+    Attributes:
+        changed_at: by unit, the version that changed it last, `[num_units] int64`; None: all in this version.
+        encoded: for pulls, where there is a codec and it pays.
+    """
+
+    changed_at: NDArray[np.int64] | None = None
+    encoded: Buffer | None = None
+
+
+@dataclass(eq=False)
+class Snapshot:
+    """One version of the weights. Nobody writes to `buffer` while the snapshot is current or pinned."""
+
+    version: int
+    buffer: Buffer
+    derived: Derived
+    num_pins: int = 0
+
+
+class SnapshotStore:
+    """Versions of the weights: the current one, and older ones as long as they are read. The server's loop owns it.
+
+    Args:
+        weights: the first version; copied.
+        version: its number: 0, or that of a restored run.
+        codec: of what pullers are sent.
+        by_row: whether changes are told apart by the rows of tables.
+    """
+
+    def __init__(
+        self,
+        layout: WeightLayout,
+        pool: BufferPool,
+        weights: Buffer,
+        version: int = 0,
+        *,
+        codec: Codec | None = None,
+        by_row: bool = False,
+    ) -> None:
+        self._layout = layout
+        self._pool = pool
+        self._codec = codec
+        self._units = Units(layout, by_row=by_row)
+        self._retired: set[Snapshot] = set()
+        self._spare: list[Buffer] = []  # for encoded weights
+        self._patch: tuple[int, int, Buffer | None] | None = None  # the newest: from a version, to a version
+        first = pool.take_now()
+        assert first is not None
+        first[:] = weights
+        self.current = Snapshot(version, first, Derived(encoded=self._encode(first)))
+
+    def pin(self) -> Snapshot:
+        """The current snapshot, kept as it is until `unpin`."""
+        self.current.num_pins += 1
+        return self.current
+
+    def unpin(self, snapshot: Snapshot) -> None:
+        snapshot.num_pins -= 1
+        if snapshot.num_pins == 0 and snapshot in self._retired:
+            self._retired.remove(snapshot)
+            self._free(snapshot)
+
+    def derive(self, buffer: Buffer) -> Derived:
+        """What is made of weights that are to be published next; on any thread, one at a time."""
+        if self._codec is not None:
+            return Derived(encoded=self._encode(buffer))
+        current = self.current
+        changed = self._units.changed(current.buffer, buffer)
+        if changed is None:
+            return Derived()
+        before = current.derived.changed_at
+        if before is None:
+            before = np.full(self._units.num_units, current.version)
+        return Derived(changed_at=np.where(changed, current.version + 1, before))
+
+    def publish(self, buffer: Buffer, derived: Derived) -> Snapshot:
+        """Makes `buffer`, taken from the pool, the current snapshot, one version on."""
+        retired = self.current
+        self.current = Snapshot(retired.version + 1, buffer, derived)
+        if retired.num_pins:
+            self._retired.add(retired)
+        else:
+            self._free(retired)
+        return self.current
+
+    def payload(self, snapshot: Snapshot, held: int | None) -> tuple[Form, Buffer | None]:
+        """What a puller is sent of a snapshot.
+
+        Args:
+            held: the version that it has; None where it has none.
+        """
+        if held == snapshot.version:
+            return Form.SAME, None
+        derived = snapshot.derived
+        if derived.encoded is not None:
+            return Form.ENCODED, derived.encoded
+        patch = None if held is None else self._patch_since(held, snapshot)
+        return (Form.WHOLE, snapshot.buffer) if patch is None else (Form.PATCH, patch)
+
+    def _patch_since(self, held: int, snapshot: Snapshot) -> Buffer | None:
+        """None where it does not pay. Kept until another is asked for: in a bulk-synchronous run all want the same."""
+        changed_at = snapshot.derived.changed_at
+        if changed_at is None or held > snapshot.version:
+            return None
+        if self._patch is None or self._patch[:2] != (held, snapshot.version):
+            self._patch = (held, snapshot.version, self._units.write(snapshot.buffer, changed_at > held))
+        return self._patch[2]
+
+    def _encode(self, buffer: Buffer) -> Buffer | None:
+        if self._codec is None:
+            return None
+        out = self._spare.pop() if self._spare else np.empty(self._codec.capacity(self._layout), np.uint8)
+        num_bytes = self._codec.encode(self._layout, buffer, out)
+        if num_bytes:
+            return out[:num_bytes]
+        self._spare.append(out)
+        return None
+
+    def _free(self, snapshot: Snapshot) -> None:
+        self._pool.put_back(snapshot.buffer)
+        if snapshot.derived.encoded is not None:
+            self._spare.append(snapshot.derived.encoded.base)  # type: ignore[arg-type]
