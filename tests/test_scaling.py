@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,14 @@ class Half(DeltaWeightCombiner):
     def compute(self, origin_weight: Any, new_weight: Any, worker_id: Any = -1, name: Any = None) -> Any:
         assert "[" not in name
         return origin_weight + (new_weight - origin_weight) / 2
+
+
+class Locked(DeltaWeightCombiner):
+    """One that cannot be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
 
 
 # Shards
@@ -317,6 +326,7 @@ def test_rows_of_an_embedding_travel_alone_and_change_no_bit(sc: SparkContext) -
         ({"compression": "rows"}, ElasticAveragingCombiner(0.4), "sends changes only, and ElasticAveragingCombiner"),
         ({"overlap": True, "staleness": 1}, ElasticAveragingCombiner(0.4), "overlap is not for ElasticAveraging"),
         ({"overlap": True}, None, "set staleness to 1"),
+        ({"num_shards": 2}, Locked(), "Locked cannot be sent to the processes of shards"),
         ({"num_shards": 3, "shards_on": "executors"}, None, "takes 2 slots, and the cluster has 2"),
     ],
 )

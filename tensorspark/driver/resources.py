@@ -14,6 +14,7 @@ from pyspark import cloudpickle
 from tensorspark.config import Config
 from tensorspark.driver.checkpoints import CheckpointDirectory, Checkpointer
 from tensorspark.driver.publishing import Publisher
+from tensorspark.errors import ConfigError
 from tensorspark.ps.checkpoint import Plain, RunCheckpoint
 from tensorspark.ps.link import ServerAddress
 from tensorspark.ps.server import ParameterServer
@@ -152,11 +153,22 @@ def start_server(
         shards,
         primary,
         start=start_shards,
-        dumps=cloudpickle.dumps,
+        dumps=_pickled,
         server=arguments,
         address_of=functools.partial(address_of, config=config),
         listen_host=host if config.num_task_shards else _LOOPBACK,
     )
+
+
+def _pickled(combiner: WeightCombiner) -> bytes:
+    try:
+        pickled: bytes = cloudpickle.dumps(combiner)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise ConfigError(
+            f"{type(combiner).__name__} cannot be sent to the processes of shards: {type(error).__name__}: {error}; "
+            f"have it hold nothing but plain values, or take num_shards=1"
+        ) from error
+    return pickled
 
 
 def address_of(server: Endpoint, config: Config) -> ServerAddress:

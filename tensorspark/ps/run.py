@@ -286,11 +286,10 @@ class Run:
             connection.close()
 
     def _send_snapshot(self, connection: Connection, decision: SendSnapshot) -> None:
-        snapshot = self.store.pin()
-        form, payload = self.store.payload(snapshot, connection.held)
-        header = {**headers.order_header(self.state.order(decision, snapshot.version)), "form": form.value}
-        self.state.sent(connection.number, 0 if payload is None else payload.nbytes)
-        connection.write(Kind.SNAPSHOT, header, payload, lambda: self.store.unpin(snapshot))
+        loan = self.store.lend(connection.held)
+        header = {**headers.order_header(self.state.order(decision, loan.version)), "form": loan.form.value}
+        self.state.sent(connection.number, 0 if loan.buffer is None else loan.buffer.nbytes)
+        connection.write(Kind.SNAPSHOT, header, loan.buffer, lambda: self.store.give_back(loan))
 
     # What came of folds and rounds
 

@@ -50,6 +50,29 @@ class Snapshot:
     num_pins: int = 0
 
 
+@dataclass(eq=False)
+class _Patch:
+    buffer: Buffer
+    num_loans: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Loan:
+    """What is sent of a snapshot.
+
+    Attributes:
+        buffer: None where there is nothing to send.
+        snapshot: pinned meanwhile.
+        patch: that `buffer` is.
+    """
+
+    version: int
+    form: Form
+    buffer: Buffer | None = None
+    snapshot: Snapshot | None = None
+    patch: _Patch | None = None
+
+
 class SnapshotStore:
     """Versions of the weights: the current one, and older ones as long as they are read. The server's loop owns it.
 
@@ -76,7 +99,7 @@ class SnapshotStore:
         self._units = Units(layout, by_row=by_row)
         self._retired: set[Snapshot] = set()
         self._spare: list[Buffer] = []  # for encoded weights
-        self._patch: tuple[int, int, Buffer | None] | None = None  # the newest: from a version, to a version
+        self._patches: dict[tuple[int, int], _Patch] = {}  # from a version to a version
         first = pool.take_now()
         assert first is not None
         first[:] = weights
@@ -116,28 +139,47 @@ class SnapshotStore:
             self._free(retired)
         return self.current
 
-    def payload(self, snapshot: Snapshot, held: int | None) -> tuple[Form, Buffer | None]:
-        """What a puller is sent of a snapshot.
+    def lend(self, held: int | None) -> Loan:
+        """What a puller is sent of the current snapshot; stays as it is until `give_back`.
 
         Args:
             held: the version that it has; None where it has none.
         """
+        snapshot = self.current
         if held == snapshot.version:
-            return Form.SAME, None
-        derived = snapshot.derived
-        if derived.encoded is not None:
-            return Form.ENCODED, derived.encoded
+            return Loan(snapshot.version, Form.SAME)
+        encoded = snapshot.derived.encoded
+        if encoded is not None:
+            return Loan(snapshot.version, Form.ENCODED, encoded, snapshot=self.pin())
         patch = None if held is None else self._patch_since(held, snapshot)
-        return (Form.WHOLE, snapshot.buffer) if patch is None else (Form.PATCH, patch)
+        if patch is not None:
+            patch.num_loans += 1
+            return Loan(snapshot.version, Form.PATCH, patch.buffer, patch=patch)
+        return Loan(snapshot.version, Form.WHOLE, snapshot.buffer, snapshot=self.pin())
 
-    def _patch_since(self, held: int, snapshot: Snapshot) -> Buffer | None:
-        """None where it does not pay. Kept until another is asked for: in a bulk-synchronous run all want the same."""
+    def give_back(self, loan: Loan) -> None:
+        if loan.snapshot is not None:
+            self.unpin(loan.snapshot)
+        if loan.patch is not None:
+            loan.patch.num_loans -= 1
+
+    def _patch_since(self, held: int, snapshot: Snapshot) -> _Patch | None:
+        """None where it does not pay, or others on their way take all the memory that patches may have.
+
+        One is kept until there is a newer: in a bulk-synchronous run all want the same.
+        """
         changed_at = snapshot.derived.changed_at
         if changed_at is None or held > snapshot.version:
             return None
-        if self._patch is None or self._patch[:2] != (held, snapshot.version):
-            self._patch = (held, snapshot.version, self._units.write(snapshot.buffer, changed_at > held))
-        return self._patch[2]
+        key = (held, snapshot.version)
+        if key not in self._patches:
+            self._patches = {key: patch for key, patch in self._patches.items() if patch.num_loans}
+            changed = changed_at > held
+            lent_bytes = sum(patch.buffer.nbytes for patch in self._patches.values())
+            if lent_bytes + self._units.patch_bytes(changed) > self._layout.num_bytes // 2:
+                return None
+            self._patches[key] = _Patch(self._units.write(snapshot.buffer, changed))
+        return self._patches[key]
 
     def _encode(self, buffer: Buffer) -> Buffer | None:
         if self._codec is None:

@@ -67,7 +67,6 @@ class Units:
 
     def __init__(self, layout: WeightLayout, *, by_row: bool) -> None:
         self._groups = tuple(_groups(layout, by_row))
-        self._num_bytes = layout.num_bytes
         self.num_units = sum(group.num_units for group in self._groups)
 
     def changed(self, old: Buffer, new: Buffer) -> NDArray[np.bool_] | None:
@@ -77,14 +76,19 @@ class Units:
             return None
         return np.concatenate([group.differ(old, new) for group in self._groups])
 
-    def write(self, buffer: Buffer, chosen: NDArray[np.bool_]) -> Buffer | None:
-        """A patch of the chosen units (`[num_units] bool`); None where it would be over half as long as the buffer."""
+    def patch_bytes(self, chosen: NDArray[np.bool_]) -> int:
+        """How long a patch of the chosen units (`[num_units] bool`) is."""
+        counts = [np.count_nonzero(part) for part in self._split(chosen)]
+        sizes = [
+            count * (_INDEX.itemsize + group.unit_bytes) for count, group in zip(counts, self._groups, strict=True)
+        ]
+        return _INDEX.itemsize * len(self._groups) + int(sum(sizes))
+
+    def write(self, buffer: Buffer, chosen: NDArray[np.bool_]) -> Buffer:
+        """A patch of the chosen units (`[num_units] bool`)."""
         indices = [np.flatnonzero(part).astype(_INDEX) for part in self._split(chosen)]
         sizes = [len(index) * group.unit_bytes for index, group in zip(indices, self._groups, strict=True)]
-        num_bytes = _INDEX.itemsize * (len(self._groups) + sum(map(len, indices))) + sum(sizes)
-        if 2 * num_bytes > self._num_bytes:
-            return None
-        patch = np.empty(num_bytes, np.uint8)
+        patch = np.empty(self.patch_bytes(chosen), np.uint8)
         head = np.concatenate([np.array([len(index) for index in indices], _INDEX), *indices]).view(np.uint8)
         patch[: len(head)] = head
         at = len(head)
