@@ -1,4 +1,4 @@
-"""What a benchmark reports: one row a figure, printed as a table for people and written as JSON for machines.
+"""What a benchmark reports: one row a figure, printed as a table and drawn for people, written as JSON for machines.
 
 The JSON is the same for every benchmark of the project::
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -19,6 +20,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+_PLOT_WIDTH, _PANEL_HEIGHT, _BAR_HEIGHT, _PLOT_DPI = 14.0, 0.7, 0.25, 100
+_WIDE_RANGE = 30.0
+_COLORS = {None: "tab:blue", True: "tab:green", False: "tab:red"}
 
 
 @dataclass(frozen=True)
@@ -80,16 +86,51 @@ class Report:
         lines = (f"{c[0]:{name}}  {c[1]:>{value}}  {c[2]:{unit}}  {c[3]:{target}}  {c[4]}" for c in cells)
         return "\n".join(line.rstrip() for line in lines)
 
-    def conclude(self, json_path: Path | None) -> int:
-        """Prints everything, writes the JSON where one is wanted, and returns the exit status: 0, or 1 for a miss."""
+    def conclude(self, json_path: Path | None, out_dir: Path | None = None, name: str = "") -> int:
+        """Prints everything, writes the files that are wanted, and returns the exit status: 0, or 1 for a miss.
+
+        Args:
+            json_path: gets the JSON.
+            out_dir: gets the JSON and a plot, as ``NAME.json`` and ``NAME.png``; is made where it is not there.
+            name: of these files; empty takes the program's, such as ``wire``.
+        """
         print(f"\n{self._title}\n{_sentence(self._machine)}\n\n{self.table()}\n")
         with_target = [row for row in self.rows if row.target is not None]
         missed = [row for row in with_target if not row.met]
         print(f"{len(with_target) - len(missed)} of {len(with_target)} targets met")
-        if json_path is not None:
-            json_path.write_text(self.as_json())
-            print(f"written: {json_path}")
+        stem = name or Path(sys.argv[0]).stem
+        for path in [json_path, out_dir and out_dir / f"{stem}.json"]:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(self.as_json())
+                print(f"written: {path}")
+        if out_dir is not None:
+            self.draw(out_dir / f"{stem}.png")
+            print(f"written: {out_dir / f'{stem}.png'}")
         return 1 if missed else 0
+
+    def draw(self, path: Path) -> None:
+        """Draws the rows as bars, a panel for each unit, with their targets; needs matplotlib.
+
+        Args:
+            path: of the PNG file.
+        """
+        # Not pyplot, which would choose a backend and keep the figure.
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        by_unit: dict[str, list[Row]] = {}
+        for row in self.rows:
+            by_unit.setdefault(row.unit, []).append(row)
+        num_rows = [len(rows) for rows in by_unit.values()]
+        figure = Figure(figsize=(_PLOT_WIDTH, 1 + _PANEL_HEIGHT * len(by_unit) + _BAR_HEIGHT * sum(num_rows)))
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(len(by_unit), squeeze=False, height_ratios=[2 + count for count in num_rows])
+        for (unit, rows), (panel,) in zip(by_unit.items(), panels, strict=True):
+            _draw_panel(panel, unit, rows)
+        figure.suptitle(self._title)
+        figure.tight_layout(rect=(0, 0, 1, 0.98))
+        figure.savefig(path, dpi=_PLOT_DPI)
 
     def as_json(self) -> str:
         """The report in the project's form."""
@@ -104,6 +145,9 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to FILE, as JSON")
+    parser.add_argument(
+        "--out", type=_plot_directory, metavar="DIR", help="write the figures and a plot of them to DIR"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds: to see that it works, not to compare")
     return parser
 
@@ -161,3 +205,28 @@ def _three_digits(value: float) -> str:
         return f"{value:g}"
     decimals = 2 - math.floor(math.log10(abs(value)))
     return f"{round(value, decimals):,.{max(0, decimals)}f}"
+
+
+def _plot_directory(text: str) -> Path:
+    """Tells that there will be no plot before anything is measured, not afterwards."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("plots need matplotlib, which is not installed: pip install tensorspark[plot]")
+    return Path(text)
+
+
+def _draw_panel(panel: Any, unit: str, rows: Sequence[Row]) -> None:
+    """The rows from top to bottom; a missed target's bar is red, a met one's green, and the target a black line."""
+    positions = range(len(rows))
+    colors = [_COLORS[None if row.target is None else row.met] for row in rows]
+    bars = panel.barh(positions, [row.value for row in rows], color=colors)
+    panel.bar_label(bars, [_three_digits(row.value) for row in rows], padding=3, fontsize=8)
+    for position, row in zip(positions, rows, strict=True):
+        if row.target is not None:
+            panel.plot([row.target] * 2, [position - 0.45, position + 0.45], color="black", linewidth=2)
+    panel.set_yticks(positions, [row.name for row in rows], fontsize=8)
+    panel.invert_yaxis()
+    panel.set_xlabel(unit)
+    panel.margins(x=0.12)
+    values = [row.value for row in rows]
+    if min(values) > 0 and max(values) / min(values) > _WIDE_RANGE:
+        panel.set_xscale("log")

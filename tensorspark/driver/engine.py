@@ -210,6 +210,8 @@ class Engine:
         weights = layout.allocate()
         was_stopped = epochs is not None and epochs.wants_stop
         require_trained(workers, server.read_weights(weights), was_stopped=was_stopped)
+        if isinstance(server, ShardedServer):
+            server.return_state()
         model.assign(layout, weights)
         self.restored = None
         return History(

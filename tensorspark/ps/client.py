@@ -13,7 +13,7 @@ from typing import TypeVar
 from tensorspark.errors import ConnectionLostError, ProtocolError, ServerUnreachableError, TransportError
 from tensorspark.ps import headers, protocol
 from tensorspark.ps.link import Link, ServerAddress
-from tensorspark.ps.messages import MAX_TOTALS_BYTES, Cursor, Order, Push, Registration, TimeSpent
+from tensorspark.ps.messages import MAX_TOTALS_BYTES, Asked, Cursor, Order, Push, Registration, TimeSpent
 from tensorspark.ps.payloads import Intake, Outlet
 from tensorspark.ps.protocol import Kind
 from tensorspark.weights.compression import NO_COMPRESSION, Compression
@@ -92,7 +92,7 @@ class ParameterClient:
         self._is_granted = True
         return granted
 
-    def pull(self, out: Buffer, holds: int | None = None) -> Order:
+    def pull(self, out: Buffer, holds: int | None = None, asked: Asked = Asked.NEXT) -> Order:
         """Receives the newest weights into `out`, and what is to be done next; this worker's pushes are in them.
 
         Waits at the server's gate and at the end of an epoch, as long as the server says that it lives.
@@ -103,7 +103,7 @@ class ParameterClient:
 
         def pull() -> Order:
             nonlocal holds
-            self._link.send(Kind.PULL, {} if holds is None else {"version": holds})
+            self._link.send(Kind.PULL, headers.pull_header(holds, asked))
             self._read_acceptances()
             header, num_bytes = self._link.receive(Kind.SNAPSHOT, out.nbytes)
             held, holds = holds, None  # while it is written over, and the connection may break

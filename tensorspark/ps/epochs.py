@@ -154,6 +154,11 @@ class Epochs:
         is_due = epoch.phase is _Phase.EVALUATING and partition.index in epoch.evaluators
         return OrderKind.EVALUATE if is_due and partition.index not in epoch.evaluated else None
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the released epoch's weights are final."""
+        return self.plan is not None and self._released.phase is not _Phase.TRAINING
+
     def epoch_of(self, partition: Partition) -> int:
         """Which epoch an order for the partition is about."""
         return min(partition.cursor.epoch, self.number) if self.plan else partition.cursor.epoch

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from tensorspark.errors import ProtocolError
 from tensorspark.ps import protocol
-from tensorspark.ps.messages import Cursor, Grant, Order, OrderKind, Push, Registration, TimeSpent
+from tensorspark.ps.messages import Asked, Cursor, Grant, Order, OrderKind, Push, Registration, TimeSpent
 
 if TYPE_CHECKING:  # workers need no Tornado
     from tensorspark.ps.connection import Frame
 
 # Of the steps or rows in one report: what is added up of them goes out as 63 bits, however many report.
 COUNT_BITS = 40
+_ASKED = {kind.value: kind for kind in Asked}
 _ORDERS = {kind.value: kind for kind in OrderKind}
 
 
@@ -26,6 +27,13 @@ def registration(header: dict[str, object]) -> Registration:
         host=protocol.field(header, "host", str),
         is_resuming=protocol.field(header, "is_resuming", bool),
     )
+
+
+def asked(header: dict[str, object]) -> Asked:
+    text = protocol.field(header, "asked", str) if "asked" in header else Asked.NEXT.value
+    if text not in _ASKED:
+        raise ProtocolError(f"expected a pull that asks for one of {', '.join(_ASKED)}, got {text[:40]!r}")
+    return _ASKED[text]
 
 
 def time_spent(header: dict[str, object]) -> TimeSpent:
@@ -88,6 +96,11 @@ def order(header: Mapping[str, Any]) -> Order:
         num_workers=protocol.count(header, "num_workers"),
         values={name: protocol.field(values, name, float) for name in values},
     )
+
+
+def pull_header(holds: int | None, asked: Asked) -> dict[str, object]:
+    held: dict[str, object] = {} if holds is None else {"version": holds}
+    return held if asked is Asked.NEXT else {**held, "asked": asked.value}
 
 
 def push_header(push: Push) -> dict[str, object]:

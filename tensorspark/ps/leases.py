@@ -18,12 +18,18 @@ logger = logging.getLogger(__name__)
 class Leases:
     """A run's leases, by connection.
 
+    Args:
+        follows: whether who is granted a partition counts at the gate from its first pull on, not before.
+
     Attributes:
         pulls: connections of holders whose pull waits, by partition.
     """
 
-    def __init__(self, layout: WeightLayout, partitions: Sequence[Partition], gate: Gate) -> None:
+    def __init__(
+        self, layout: WeightLayout, partitions: Sequence[Partition], gate: Gate, *, follows: bool = False
+    ) -> None:
         self.pulls: dict[int, int] = {}
+        self._follows = follows
         self._layout = layout
         self._partitions = partitions
         self._gate = gate
@@ -78,10 +84,11 @@ class Leases:
         """Partitions whose successor is there, and waits for its predecessor's push to be published."""
         return {partition.index for partition in self._partitions if partition.holder is None and partition.standbys}
 
-    def count_refusal(self, connection: int) -> None:
+    def count(self, connection: int, name: str, number: int = 1) -> None:
+        """Adds to a counter of the report of the connection's partition, if it has one."""
         partition = self._partition_of.get(connection)
         if partition is not None:
-            partition.count("num_refused")
+            partition.count(name, number)
 
     def release(self, connection: int, now: float) -> Partition | None:
         """Forgets a connection and what it held; returns its partition."""
@@ -107,8 +114,16 @@ class Leases:
         partition.update(host=registration.host)
         logger.info("partition %d: attempt %d on %s", registration.partition, registration.attempt, registration.host)
         finished = partition.report.finished
-        self._gate.join(partition.index, now, is_finished=finished)
+        if not self._follows or finished or registration.is_resuming:
+            self._gate.join(partition.index, now, is_finished=finished)
         return Grant(connection, partition.folded, partition.cursor, finished)
+
+    def has_followed(self, partition: Partition, now: float) -> bool:
+        """Whether a holder counts at the gate from its pull on, which has just come."""
+        if not self._follows or partition.report.finished or self._gate.has(partition.index):
+            return False
+        self._gate.join(partition.index, now)
+        return True
 
     def _replace(self, partition: Partition, attempt: int, now: float) -> list[Close]:
         """Closes an older connection of the attempt, which the server has not seen break yet."""

@@ -66,6 +66,19 @@ class OrderKind(enum.Enum):
     FINISH = "finish"
 
 
+class Asked(enum.Enum):
+    """What a pull is for.
+
+    NEXT: what is to be done next, when it may be. EVALUATE: of a shard that follows another, which has ordered an
+    evaluation: the weights of the epoch's end. PEEK: the current weights, at once, as this shard has the push already
+    that the worker repeats for others.
+    """
+
+    NEXT = "next"
+    EVALUATE = "evaluate"
+    PEEK = "peek"
+
+
 @dataclass(frozen=True, order=True)
 class Cursor:
     """How far a partition is trained: `batch` batches of epoch `epoch` (both from 0) are in the weights."""

@@ -60,6 +60,7 @@ class Run:
         resume: where a restored run stood; `weights` are its weights.
         epochs: what is done between epochs; None: nothing.
         compression: how weights travel.
+        follows: see `RunState`.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Run:
         resume: RunCheckpoint | None = None,
         epochs: EpochPlan | None = None,
         compression: Compression = NO_COMPRESSION,
+        follows: bool = False,
     ) -> None:
         version = resume.version if resume else 0
         self.layout = layout
@@ -95,6 +97,7 @@ class Run:
             recorder=Recorder(points=resume.points) if resume else None,
             epochs=epochs,
             epoch_progress=resume.epochs if resume else None,
+            follows=follows,
         )
         self._totals_bytes = epochs.totals_bytes if epochs else 0
         self._combiner = combiner
@@ -156,7 +159,7 @@ class Run:
         self._rounds.go_on()
 
     def _cut(self) -> RunCheckpoint:
-        partitions, epochs = self.state.export_with_epochs()
+        partitions, epochs = self.state.export()
         state = self._combiner.state()
         slots = {name: slot.copy() for name, slot in state.slots.items()}
         return RunCheckpoint(
@@ -170,7 +173,7 @@ class Run:
             combiner=type(self._combiner).__name__,
             combiner_settings=self._combiner.settings,
             combiner_state=CombinerState(slots, dict(state.values)),
-            is_complete=self.state.is_complete,
+            is_complete=all(progress.report.finished for progress in partitions),
             epochs=epochs,
         )
 
@@ -218,7 +221,7 @@ class Run:
         header, number = frame.header, connection.number
         if frame.kind is Kind.PULL:
             connection.held = protocol.count(header, "version") if "version" in header else None
-            decisions = self.state.pull(number)
+            decisions = self.state.pull(number, headers.asked(header), time.monotonic())
         elif frame.kind is Kind.PUSH:
             decisions = self._push(number, frame)
         elif frame.kind is Kind.REGISTER:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import secrets
 import ssl
 import threading
@@ -121,6 +122,7 @@ class ParameterServer:
         resume: RunCheckpoint | None = None,
         epochs: EpochPlan | None = None,
         compression: Compression = NO_COMPRESSION,
+        follows: bool = False,
     ) -> int:
         """Starts a run and returns its number; workers of earlier runs are refused from now.
 
@@ -130,6 +132,7 @@ class ParameterServer:
             resume: what the run goes on from; None begins anew.
             epochs: has workers stop at the end of every epoch, until `release_epoch`; None: they never do.
             compression: how weights travel; workers must be told the same.
+            follows: whether this is a shard whose workers begin and evaluate as another shard tells them.
 
         Raises:
             CheckpointError: `resume` is of other metrics than `epochs`.
@@ -154,6 +157,7 @@ class ParameterServer:
                 resume=resume,
                 epochs=epochs,
                 compression=compression,
+                follows=follows,
             )
             return self._num_runs
 
@@ -248,7 +252,8 @@ class ParameterServer:
             return future.result(timeout_s)
         except (TimeoutError, concurrent.futures.CancelledError):
             future.cancel()
-            self.go_on()
+            with contextlib.suppress(SessionClosedError):
+                self.go_on()
             return None
 
     async def _held(self, at_version: int) -> int:

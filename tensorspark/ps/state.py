@@ -25,6 +25,7 @@ from tensorspark.ps.epochs import Epochs
 from tensorspark.ps.leases import Leases
 from tensorspark.ps.messages import (
     Accept,
+    Asked,
     Decision,
     EpochEnd,
     EpochPlan,
@@ -61,6 +62,7 @@ class RunState:
         recorder: of a restored run.
         epochs: what is done between epochs; None: nothing.
         epoch_progress: where a restored run's epochs stood.
+        follows: whether this is a shard whose workers begin and evaluate as another shard tells them.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class RunState:
         recorder: Recorder | None = None,
         epochs: EpochPlan | None = None,
         epoch_progress: EpochProgress | None = None,
+        follows: bool = False,
     ) -> None:
         self.run = run
         self.layout = layout
@@ -94,7 +97,8 @@ class RunState:
         self._version = version
         self._num_steps = self.recorder.num_steps  # in the published weights
         self._num_in_round = 0  # workers that a bulk-synchronous round began with
-        self._leases = Leases(layout, self._partitions, self._gate)
+        self._leases = Leases(layout, self._partitions, self._gate, follows=follows)
+        self._asked: dict[int, Asked] = {}  # by partition, what its newest pull is for
         self._pulls = self._leases.pulls
         self._held: dict[int, Fold] = {}  # this round's pushes that wait for their turn, by partition
         self._in_round: set[int] = set()  # partitions whose push is in this round, or waits to be
@@ -113,22 +117,27 @@ class RunState:
             return [Refuse(connection, error)]
         return [*replaced, *self._grant_next(partition, now)]
 
-    def pull(self, connection: int) -> list[Decision]:
+    def pull(self, connection: int, asked: Asked = Asked.NEXT, now: float = 0.0) -> list[Decision]:
         """A worker asks for the newest weights."""
         held = self._held_by(connection)
         if isinstance(held, RefusedError):
             return [Refuse(connection, held)]
-        order = self._order_for(held)
+        others: list[Decision] = []
+        if self._leases.has_followed(held, now):
+            self._join(held)
+            others = self._go_on()
+        self._asked[held.index] = asked
+        order = OrderKind.TRAIN if asked is Asked.PEEK else self._order_for(held)
         if order is None:
             self._pulls[held.index] = connection
-            return []
-        return [SendSnapshot(connection, order, self._epochs.epoch_of(held))]
+            return others
+        return [SendSnapshot(connection, order, self._epochs.epoch_of(held)), *others]
 
     def push(self, connection: int, push: Push) -> list[Decision]:
         """A worker's weights or delta have arrived; `Keep` comes first where the payload is of use."""
         held = self._held_by(connection)
         if isinstance(held, RefusedError):
-            self._leases.count_refusal(connection)
+            self._leases.count(connection, "num_refused")
             return [Refuse(connection, held)]
         held.count("num_pushed")
         held.count("num_bytes_pushed", push.num_bytes)
@@ -150,15 +159,12 @@ class RunState:
             self._held[held.index] = fold
             self._in_round.add(held.index)
             return [Keep(), *self._advance_round()]
-        # Who rests is back in the next epoch. Left out here, it would have the last pushes of an epoch, whose end is
-        # what is evaluated, weigh a multiple.
+        # Who rests is back in the next epoch. Left out here, it would have the epoch's last pushes weigh a multiple.
         return [Keep(), fold, Publish(max(1, self._gate.num_awaited))]
 
     def sent(self, connection: int, num_bytes: int) -> None:
         """A worker is sent a snapshot of so many bytes."""
-        partition = self._leases.of(connection)
-        if partition is not None:
-            partition.count("num_bytes_pulled", num_bytes)
+        self._leases.count(connection, "num_bytes_pulled", num_bytes)
 
     def finish(self, connection: int, spent: TimeSpent) -> list[Decision]:
         """A worker has trained its partition to the end."""
@@ -300,8 +306,6 @@ class RunState:
         self._held.clear()
         return [Refuse(connection, _stopped_error()) for connection in waiting]
 
-    # Questions
-
     def is_waiting(self, connection: int) -> bool:
         """Whether the server owes the connection an answer, so that it cannot be expected to say anything."""
         return self._leases.is_waiting(connection)
@@ -313,17 +317,9 @@ class RunState:
             return True
         return partition.index <= self._first_missing
 
-    def export(self) -> tuple[PartitionProgress, ...]:
-        """Where the partitions stand. Between rounds, this is exactly what is in the weights."""
-        return self.export_with_epochs()[0]
-
-    def export_with_epochs(self) -> tuple[tuple[PartitionProgress, ...], EpochProgress | None]:
-        """`export`, and where the epochs stand, of one moment."""
+    def export(self) -> tuple[tuple[PartitionProgress, ...], EpochProgress | None]:
+        """Where partitions and epochs stand. Between rounds, this is exactly what is in the weights."""
         return self._epochs.export(self._partitions, self._gate)
-
-    @property
-    def is_complete(self) -> bool:
-        return all(partition.report.finished for partition in self._partitions)
 
     def order(self, decision: SendSnapshot, version: int) -> Order:
         """What goes with the snapshot; to be asked when it is sent, as it is the current one then."""
@@ -354,6 +350,8 @@ class RunState:
         """What the partition's pull is answered now; None: it waits."""
         if self._is_closing or partition.num_unpublished:
             return None
+        if self._asked.get(partition.index) is Asked.EVALUATE and not self._epochs.is_finishing:
+            return OrderKind.EVALUATE if self._epochs.is_complete else None
         order = self._epochs.order_for(partition)
         return None if order is OrderKind.TRAIN and not self._gate.may_begin(partition.index) else order
 
@@ -366,10 +364,6 @@ class RunState:
             if order := self._order_for(partition):
                 decisions.append(SendSnapshot(self._pulls.pop(index), order, self._epochs.epoch_of(partition)))
         return decisions
-
-    def _rest_at_end(self, partition: Partition) -> None:
-        if self._epochs.is_at_end(partition):
-            self._gate.rest(partition.index)
 
     def _advance_round(self) -> list[Decision]:
         """Folds the bulk-synchronous round's pushes as far as none before them is missing, and closes it if none is."""
@@ -388,9 +382,18 @@ class RunState:
         grant = self._leases.grant_next(partition, now)
         if grant is None:
             return []
+        if self._epochs.is_at_end(partition):  # and holds nobody up: its pulls wait elsewhere
+            self._leases.has_followed(partition, now)
+        self._join(partition)
+        return [grant, *self._go_on()]
+
+    def _rest_at_end(self, partition: Partition) -> None:
+        if self._epochs.is_at_end(partition):
+            self._gate.rest(partition.index)
+
+    def _join(self, partition: Partition) -> None:
         self._rest_at_end(partition)
         self._num_in_round = max(self._num_in_round, self._gate.num_counted)
-        return [grant, *self._go_on()]
 
 
 def _stopped_error() -> RunStoppedError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import socket
 import threading
@@ -23,6 +24,8 @@ import numpy as np
 
 from tensorspark.errors import ShardLostError
 from tensorspark.weights.layout import Buffer
+
+logger = logging.getLogger(__name__)
 
 _HANDSHAKE_TIMEOUT_S = 10.0
 _NUM_THREADS = 8  # calls that are answered at once
@@ -54,6 +57,7 @@ class Channel:
         self._handlers = handlers or {}
         self._on_lost = on_lost
         self._writing = threading.Lock()
+        self._losing = threading.Lock()
         self._calls: dict[int, Future[Reply]] = {}
         self._numbers = itertools.count(1)
         self._is_lost = False
@@ -62,7 +66,11 @@ class Channel:
         self._reader.start()
 
     def call(self, name: str, arguments: Mapping[str, Any] | None = None, raw: Sequence[Buffer] = ()) -> Future[Reply]:
-        """Has the other side do something; the future holds its answer, or `ShardLostError`, or `ShardError`."""
+        """Has the other side do something.
+
+        Returns:
+            Its answer, or `ShardLostError`, which says what it raised or that it is gone.
+        """
         future: Future[Reply] = Future()
         number = next(self._numbers)
         self._calls[number] = future
@@ -98,6 +106,8 @@ class Channel:
                     self._settle(message, raw)
         except (OSError, EOFError, RuntimeError):  # the last: no more threads, as it is closed
             pass
+        except (ValueError, KeyError, TypeError, msgpack.exceptions.UnpackException) as error:
+            logger.warning("%s said what is no message: %s: %s", self._who, type(error).__name__, error)
         finally:
             self._connection.close()
             self._plain.close()
@@ -124,7 +134,8 @@ class Channel:
             future.set_result((message["values"], raw))
 
     def _lose(self) -> None:
-        was_lost, self._is_lost = self._is_lost, True
+        with self._losing:
+            was_lost, self._is_lost = self._is_lost, True
         for number in list(self._calls):
             self._fail(number)
         if not was_lost:
@@ -174,7 +185,7 @@ class Listener:
             threading.Thread(target=self._welcome, args=(plain,), daemon=True).start()
 
     def _welcome(self, plain: socket.socket) -> None:
-        with contextlib.suppress(OSError, EOFError, AuthenticationError):
+        with contextlib.suppress(OSError, AuthenticationError):
             _identify(plain, self._key, deliver_challenge, answer_challenge)
             self._on_connected(plain)
 
@@ -189,6 +200,9 @@ def _identify(plain: socket.socket, key: bytes, *steps: Callable[[Connection, by
         with Connection(os.dup(plain.fileno())) as connection:
             for step in steps:
                 step(connection, key)
+    except EOFError as error:
+        plain.close()
+        raise ConnectionResetError("the other side hung up before it was known") from error
     except BaseException:
         plain.close()
         raise

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from tensorspark.errors import ProtocolError
 from tensorspark.ps.client import Granted, ParameterClient
-from tensorspark.ps.messages import Order, OrderKind, Push, Registration, TimeSpent
+from tensorspark.ps.messages import Asked, Order, OrderKind, Push, Registration, TimeSpent
 from tensorspark.shards.places import ShardPlace
 from tensorspark.weights.compression import Compression
 from tensorspark.weights.layout import Buffer
@@ -25,9 +25,9 @@ _T = TypeVar("_T")
 class ShardedClient:
     """A `ParameterClient` for each shard, with the methods of one; pushes and pulls go to all at the same time.
 
-    The first shard decides: it grants the partition before the others are asked for it, takes the metrics, and says
-    whether to train, to evaluate or to finish. A successor begins at the earliest cursor of any shard: those that have
-    the push already do not count it again.
+    The first shard decides: it grants the partition before the others are asked for it, takes the metrics and
+    evaluations, and says whether to train, to evaluate or to finish; between epochs it is asked before the others. A
+    successor begins at the earliest cursor of any shard: those that have the push already do not count it again.
 
     Args:
         places: of all shards, in their order.
@@ -39,6 +39,8 @@ class ShardedClient:
         self._threads = ThreadPoolExecutor(len(places), thread_name_prefix="tensorspark-shards")
         # By the first shard's version, all shards' versions of the snapshots pulled last.
         self._versions: OrderedDict[int, list[int]] = OrderedDict()
+        self._num_ahead = [0] * len(places)  # pushes of the predecessor that a shard has, and not all others
+        self._is_between_epochs = True
         with contextlib.ExitStack() as stack:
             stack.callback(self._threads.shutdown, wait=False, cancel_futures=True)
             self._clients = [
@@ -66,18 +68,40 @@ class ShardedClient:
             return first
         others = self._in_parallel(lambda index: self._clients[index].register(asked[index]), range(1, len(asked)))
         earliest = min([first, *others], key=lambda granted: granted.sequence)
+        self._num_ahead = [granted.sequence - earliest.sequence for granted in (first, *others)]
         return replace(earliest, finished=False)
 
     def pull(self, out: Buffer, holds: int | None = None) -> Order:
         """As `ParameterClient.pull`; versions are the first shard's."""
         nothing: list[int | None] = [None] * len(self._clients)
         held = nothing if holds is None else [*self._versions.get(holds, nothing)]
-        orders = self._in_parallel(
-            lambda index: self._clients[index].pull(self._shards[index].of(out), held[index]),
-            range(len(self._clients)),
-        )
+
+        def pull_from(index: int, asked: Asked) -> Order:
+            return self._clients[index].pull(self._shards[index].of(out), held[index], asked)
+
+        indices = range(len(self._clients))
+        if any(self._num_ahead):  # they have an epoch's end before them already, maybe, and are not to wait for it
+            orders = self._in_parallel(
+                lambda i: pull_from(i, Asked.PEEK if self._num_ahead[i] else Asked.NEXT), indices
+            )
+        elif self._is_between_epochs:
+            first = pull_from(0, Asked.NEXT)
+            if first.kind is OrderKind.FINISH:
+                return first
+            asked = Asked.EVALUATE if first.kind is OrderKind.EVALUATE else Asked.NEXT
+            orders = [first, *self._in_parallel(lambda index: pull_from(index, asked), indices[1:])]
+        else:
+            orders = self._in_parallel(lambda index: pull_from(index, Asked.NEXT), indices)
+        return self._agreed(orders)
+
+    def _agreed(self, orders: Sequence[Order]) -> Order:
         first = orders[0]
-        self._versions[first.version] = [order.version for order in orders]
+        if first.version in self._versions:
+            # Of two snapshots with the same version of the first shard, whoever has one has at least the older parts.
+            before = self._versions[first.version]
+            self._versions[first.version] = [min(a, order.version) for a, order in zip(before, orders, strict=True)]
+        else:
+            self._versions[first.version] = [order.version for order in orders]
         if len(self._versions) > _NUM_VERSIONS:
             self._versions.popitem(last=False)
         kinds = {order.kind for order in orders}
@@ -98,6 +122,8 @@ class ShardedClient:
             self._clients[index].push(self._shards[index].of(weights), part)
 
         self._in_parallel(push_to, range(len(self._clients)))
+        self._num_ahead = [max(0, num - 1) for num in self._num_ahead]
+        self._is_between_epochs = push.cursor.batch == 0
 
     def flush(self) -> None:
         """Waits until all pushes are accepted."""
@@ -111,13 +137,12 @@ class ShardedClient:
 
     def skip_epoch(self, epoch: int) -> None:
         """As `ParameterClient.skip_epoch`."""
+        self._is_between_epochs = True
         for client in reversed(self._clients):
             client.skip_epoch(epoch)
 
     def report_evaluation(self, epoch: int, totals: bytes, num_samples: int) -> None:
-        """As `ParameterClient.report_evaluation`; only the first shard wants the totals."""
-        for client in reversed(self._clients[1:]):
-            client.report_evaluation(epoch, b"", num_samples)
+        """As `ParameterClient.report_evaluation`, to the first shard alone."""
         self._clients[0].report_evaluation(epoch, totals, num_samples)
 
     def report(self, message: str, traceback: str) -> None:

@@ -66,7 +66,7 @@ def serve(job: ShardJob) -> None:
     """Serves the shard until the driver says that it is over, or is gone.
 
     Raises:
-        OSError, AuthenticationError: the driver cannot be reached.
+        OSError, AuthenticationError: the driver cannot be reached, or its key is another.
     """
     assert job.driver is not None
     over = threading.Event()
@@ -102,6 +102,7 @@ class _Host:
             "release_epoch": self._release_epoch,
             "read": self._read,
             "count_bytes": self._count_bytes,
+            "combiner_state": self._combiner_state,
             "hold": self._hold,
             "capture": self._capture,
             "go_on": self._go_on,
@@ -137,6 +138,7 @@ class _Host:
             resume=_resumed(job.layout, weights, values["resume"]) if values["resume"] else None,
             epochs=job.epochs,
             compression=job.compression,
+            follows=True,
         )
         server = self._server
         place = {"host": server.host, "port": server.port}
@@ -164,6 +166,8 @@ class _Host:
                 return True
             if server.is_ending:
                 break
+            if end is not None:  # an earlier release of it is on its way
+                self._over.wait(_POLL_S)
         return False
 
     def _read(self, values: Mapping[str, Any], raw: Sequence[Buffer]) -> Reply:
@@ -175,6 +179,10 @@ class _Host:
     def _count_bytes(self, values: Mapping[str, Any], raw: Sequence[Buffer]) -> Reply:
         _, reports = self._running().records()
         return {"num_bytes": [[report.num_bytes_pushed, report.num_bytes_pulled] for report in reports]}, ()
+
+    def _combiner_state(self, values: Mapping[str, Any], raw: Sequence[Buffer]) -> Reply:
+        state = self._combiner.state()
+        return {"slots": list(state.slots)}, tuple(state.slots.values())
 
     def _hold(self, values: Mapping[str, Any], raw: Sequence[Buffer]) -> Reply:
         return {"version": self._running().hold(values["at_version"], values["timeout_s"])}, ()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -13,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tensorspark.errors import ShardLostError, TensorsparkError
+from tensorspark.errors import SessionClosedError, ShardLostError, TensorsparkError
 from tensorspark.history import Point, WorkerReport
 from tensorspark.ps.checkpoint import CheckpointPart, RunCheckpoint
 from tensorspark.ps.link import ServerAddress
@@ -33,6 +35,7 @@ from tensorspark.weights.shards import Shard
 logger = logging.getLogger(__name__)
 _START_TIMEOUT_S = 60.0
 _CALL_TIMEOUT_S = 60.0
+_ALIGN_TIMEOUT_S = 10.0
 _ASYNCHRONOUS = SyncPlan()
 
 
@@ -98,7 +101,9 @@ class ShardedServer:
         self._fleet: Fleet | None = None
         self._epoch_ended: int | None = None  # and not released
         self._combiner: WeightCombiner | None = None
+        self._own_combiner: WeightCombiner | None = None  # the first shard's copy
         self._is_bulk = False
+        self._capturing = threading.Lock()
 
     def __repr__(self) -> str:
         return f"ShardedServer(num_shards={len(self.shards)}, primary={self._primary!r})"
@@ -147,13 +152,14 @@ class ShardedServer:
                 num_partitions=num_partitions,
                 sync=sync,
                 compression=compression,
-                epochs=epochs and replace(epochs, num_totals=0, values={}),
+                epochs=epochs and replace(epochs, validates=False, num_totals=0, values={}),
             )
             for index, part in enumerate(parts[1:], 1)
         ]
         self._fleet = fleet = Fleet(self._listen_host, jobs, self._start)
         begun = fleet.begin([(part.shard.of(weights), part.state, part.resume) for part in parts[1:]])
         own = parts[0]
+        self._own_combiner = own.combiner
         if own.state.slots or own.state.values:
             own.combiner.restore_state(own.shard.layout, own.state)
         run = self._primary.begin_run(
@@ -189,9 +195,11 @@ class ShardedServer:
         return end
 
     def release_epoch(self, epoch: int, values: Mapping[str, float], *, finish: bool = False) -> None:
-        self._epoch_ended = None
-        self._tell("release_epoch", {"epoch": epoch, "finish": finish})
-        self._primary.release_epoch(epoch, values, finish=finish)
+        """As `ParameterServer.release_epoch`; not while a capture goes on, which would have it in a part of its cut."""
+        with self._capturing:
+            self._epoch_ended = None
+            self._tell("release_epoch", {"epoch": epoch, "finish": finish})
+            self._primary.release_epoch(epoch, values, finish=finish)
 
     def status(self) -> Status:
         return self._primary.status()
@@ -225,24 +233,40 @@ class ShardedServer:
         return version
 
     def capture(self, timeout_s: float = _CALL_TIMEOUT_S) -> RunCheckpoint | None:
-        """As `ParameterServer.capture`: one cut through all shards where the run is bulk-synchronous; else each shard's
-        cut with its own cursors, in `RunCheckpoint.parts`."""
-        deadline = time.monotonic() + timeout_s
-        try:
-            if self._is_bulk and not self._hold(deadline):
+        """As `ParameterServer.capture`: one cut through all shards where the run is bulk-synchronous.
+
+        Where the shards do not stand at the same pushes, `RunCheckpoint.parts` has each shard's cursors.
+        """
+        with self._capturing:
+            deadline = time.monotonic() + timeout_s
+            try:
+                if not self._hold(deadline):
+                    return None
+                answers = self._request("capture", {"timeout_s": timeout_s})
+                first = self._primary.capture(max(0.0, deadline - time.monotonic()))
+                others = self._wait(answers, deadline)
+            except (ShardLostError, SessionClosedError):
+                return None  # `failure` says so
+            finally:
+                self._go_on()
+            if first is None or any(values["version"] is None for values, _ in others):
                 return None
-            answers = self._request("capture", {"timeout_s": timeout_s})
-            first = self._primary.capture(max(0.0, deadline - time.monotonic()))
-            others = self._wait(answers, deadline)
-        except ShardLostError:
-            return None  # `failure` says so
-        finally:
-            if self._is_bulk:
-                self._primary.go_on()
-                self._tell("go_on")
-        if first is None or any(values["version"] is None for values, _ in others):
-            return None
-        return self._joined(first, others)
+            return self._joined(first, others)
+
+    def return_state(self) -> None:
+        """Gives the combiner that the run began with what the shards' copies have seen, for the next run."""
+        first, combiner = self._own_combiner, self._combiner
+        if first is None or combiner is None:
+            return
+        state = first.state()
+        if not state.slots and not state.values:
+            return
+        slots = {name: [slot] for name, slot in state.slots.items()}
+        for values, raw in self._ask("combiner_state"):
+            for name, slot in zip(values["slots"], raw, strict=True):
+                slots.setdefault(name, []).append(slot)
+        joined = {name: np.concatenate(each) for name, each in slots.items()}
+        combiner.restore_state(self.layout, CombinerState(joined, dict(state.values)))
 
     def close(self) -> None:
         """Ends all shards. Idempotent."""
@@ -254,20 +278,27 @@ class ShardedServer:
     # One cut
 
     def _hold(self, deadline: float) -> bool:
-        """Stops all shards between the same two rounds; whether that came about in time."""
-        at_version = 0
-        while True:
-            timeout_s = deadline - time.monotonic()
-            if timeout_s <= 0:
-                return False
-            answers = self._request("hold", {"at_version": at_version, "timeout_s": timeout_s})
-            own = self._primary.hold(at_version, timeout_s)
-            versions = [own, *(values["version"] for values, _ in self._wait(answers, deadline))]
-            if None in versions:
-                return False
-            if len(set(versions)) == 1:
-                return True
-            at_version = max(versions)  # whoever pushed that round to one shard has pushed it to all
+        """Stops all shards between two rounds, in a bulk-synchronous run between the same two; whether in time."""
+        versions = self._hold_at(0, deadline)
+        if self._is_bulk and None not in versions and len(set(versions)) > 1:
+            # Whoever pushed that round to one shard has pushed it to all. If a worker came between two rounds, that is
+            # not so: then they stay apart, and the parts have cursors of their own.
+            newest = max(version for version in versions if version is not None)
+            if None in self._hold_at(newest, min(deadline, time.monotonic() + _ALIGN_TIMEOUT_S)):
+                versions = self._hold_at(0, deadline)
+        return None not in versions
+
+    def _hold_at(self, version: int, deadline: float) -> list[int | None]:
+        timeout_s = max(0.0, deadline - time.monotonic())
+        answers = self._request("hold", {"at_version": version, "timeout_s": timeout_s})
+        own = self._primary.hold(version, timeout_s)
+        return [own, *(values["version"] for values, _ in self._wait(answers, deadline))]
+
+    def _go_on(self) -> None:
+        with contextlib.suppress(ShardLostError, SessionClosedError):
+            answers = self._request("go_on")
+            self._primary.go_on()
+            self._wait(answers, time.monotonic() + _CALL_TIMEOUT_S)
 
     def _joined(self, first: RunCheckpoint, others: Sequence[Reply]) -> RunCheckpoint:
         assert self._combiner is not None
@@ -290,7 +321,7 @@ class ShardedServer:
             combiner_state=CombinerState(
                 {name: np.concatenate(each) for name, each in slots.items()}, first.combiner_state.values
             ),
-            parts=() if self._is_bulk else tuple(parts),
+            parts=() if len({_pushes(part) for part in parts}) == 1 else tuple(parts),
         )
 
     # The other shards
@@ -333,6 +364,10 @@ class _Part:
 
 AnyServer = ParameterServer | ShardedServer
 """What serves a session's weights."""
+
+
+def _pushes(part: CheckpointPart) -> tuple[int, ...]:
+    return tuple(progress.sequence for progress in part.partitions)
 
 
 def _part_of(state: CombinerState, shard: Shard) -> CombinerState:

@@ -130,7 +130,7 @@ class Units:
 
 
 def _groups(layout: WeightLayout, by_row: bool) -> Iterator[_Group]:
-    """Groups that cover a buffer, but for the gaps behind tables."""
+    """Groups that cover a buffer."""
     at = 0
     tables = [spec for spec in layout.specs if spec.is_table] if by_row else []
     for spec in sorted(tables, key=lambda spec: layout.offsets[spec.name]):

@@ -57,7 +57,7 @@ def split(layout: WeightLayout, num_shards: int, *, whole_tensors: bool = False)
             cuts.update(sorted(starts, key=lambda start: abs(start - target))[:1])
         else:
             cuts.add(_cut_near(target, placed))
-    ordered = sorted(cuts)
+    ordered = sorted(cuts) if layout.num_bytes else [0, 0]
     return tuple(
         Shard(start, stop, WeightLayout(_pieces(layout, start, stop))) for start, stop in itertools.pairwise(ordered)
     )

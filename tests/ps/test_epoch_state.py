@@ -94,7 +94,7 @@ def test_a_skip_that_comes_again_is_accepted_and_moves_nothing() -> None:
     state = begun(0, validates=False)
     for _ in range(2):
         assert state.skip(1, 0) == [Accept(1, 0)]
-    assert state.export()[0].cursor == Cursor(1)
+    assert state.export()[0][0].cursor == Cursor(1)
     assert state.status().num_resting == 1
 
 

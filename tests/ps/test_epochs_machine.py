@@ -179,7 +179,7 @@ class EpochWorld(World):
         self.evaluating: dict[int, tuple[int, bytes]] = {}  # by attempt, the epoch and what came of it
 
     def state_of(self, **restored: Any) -> RunState:
-        progress = self.state.export_with_epochs()[1] if restored else None
+        progress = self.state.export()[1] if restored else None
         return super().state_of(epochs=self.epochs, epoch_progress=progress, **restored)
 
     def cursor_of(self, partition: int, sequence: int) -> Cursor:
@@ -346,7 +346,7 @@ class EpochWorld(World):
         assert not self.attempts, f"they wait for ever: {self.attempts}"
         if self.state.stopped:
             return
-        assert self.state.is_complete
+        assert all(report.finished for report in self.state.reports())
         assert not self.kept
         books = self.books
         assert books.reported == list(range(len(books.reported)))

@@ -428,7 +428,7 @@ def test_a_restored_run_goes_on_though_a_partition_that_is_behind_has_no_slot_ye
     before.register(1, registration(0), 0.0)
     for sequence in range(1, 6):
         merge(before, 1, push(sequence, version=sequence - 1))
-    state = RunState(1, LAYOUT, 2, SyncPlan(staleness), partitions=before.export(), version=5)
+    state = RunState(1, LAYOUT, 2, SyncPlan(staleness), partitions=before.export()[0], version=5)
     assert state.register(1, registration(0, attempt=20), 0.0) == [Grant(1, 5, Cursor(0, 5), finished=False)]
     assert state.pull(1) == [SendSnapshot(1)]
 
@@ -437,7 +437,7 @@ def test_a_restored_bulk_synchronous_run_has_all_its_workers_in_one_round() -> N
     before = RunState(1, LAYOUT, 2, SyncPlan(0))
     before.register(1, registration(0), 0.0)
     merge(before, 1, push(1))
-    state = RunState(1, LAYOUT, 2, SyncPlan(0, num_first=2), partitions=before.export(), version=1)
+    state = RunState(1, LAYOUT, 2, SyncPlan(0, num_first=2), partitions=before.export()[0], version=1)
     state.register(1, registration(0, attempt=20), 0.0)
     state.register(2, registration(1, attempt=21), 0.0)
     assert [state.pull(1), state.pull(2)] == [[SendSnapshot(1)], [SendSnapshot(2)]]

@@ -430,7 +430,7 @@ class World:
         self.queue.clear()
         self.kept.clear()
         self.was_refused_in_round = False
-        before = self.state.export()
+        before, _ = self.state.export()
         self.books.begin_anew([partition.round for partition in before])
         recorder = Recorder(points=self.state.recorder.export())
         self.state = self.state_of(partitions=before, version=self.books.version, recorder=recorder)
@@ -469,7 +469,7 @@ class World:
                 self.pass_time(RECOVERY_TIMEOUT_S)
         assert not self.attempts, f"they wait for ever: {self.attempts}"
         if not self.state.stopped:
-            assert self.state.is_complete
+            assert all(report.finished for report in self.state.reports())
             assert [len(folded) for folded in self.books.folded] == self.lengths
             assert self.books.num_published == self.lengths
             assert not self.kept
