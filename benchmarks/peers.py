@@ -9,7 +9,7 @@ elephas-http-epoch, elephas-http-batch, elephas-socket-epoch, elephas-socket-bat
     elephas with two Spark workers of one thread each: asynchronous, over its HTTP or socket server, exchanging weights
     each epoch or each batch; and synchronous. It runs in an environment of its own, see `peers_environment`. Its
     socket server keeps a thread busy for each exchange that there ever was, so that it gets slower and slower: there
-    batches are of 3,200 rows only, and accuracy is not told.
+    batches are of 640 rows only, and accuracy is not told.
 ours-S-I
     `SparkSession.fit` with two Spark workers of one thread each; S is the staleness, 0, 4 or async, and I the
     sync_interval: 1, 16, 100, or epoch for one synchronization in an epoch.
@@ -47,7 +47,7 @@ _BATCH_SIZE = 64
 _TARGET_ACCURACY = 0.97
 _NUM_EPOCHS, _NUM_QUICK_EPOCHS = 10, 2
 _NUM_ROUNDS = 3
-_NUM_ROWS_OF_SLOW = 3_200
+_NUM_ROWS_OF_SLOW = 640
 _DEADLINE_S = 280.0
 _FAILED = 2
 _PACKAGES = ("numpy", "tornado", "tensorflow", "keras", "pyspark")

@@ -18,11 +18,11 @@ from pathlib import Path
 from benchmarks import scale_plots
 from benchmarks.report import Report, argument_parser, say
 from benchmarks.scale_calibration import SIZES, Calibration, calibrate
-from benchmarks.scale_check import CASES, Case, check
+from benchmarks.scale_check import CASES, Case, check, this_machine
 from benchmarks.scale_model import Cluster, Steps
 from benchmarks.scale_planning import Setting, add_idle_by_staleness, add_rates, add_saturation
 
-_NUM_ROUNDS, _NUM_QUICK_ROUNDS = 5, 2
+_NUM_ROUNDS, _NUM_QUICK_ROUNDS = 3, 1
 _NUM_REPEATS, _NUM_QUICK_REPEATS = 3, 1
 _QUICK_SIZES = tuple(num_bytes for num_bytes in SIZES if num_bytes <= 10_000_000)
 _QUICK_CASES = (Case(2, 0.4, 0, 1, 5.0), Case(4, 10.0, None, 1, 20.0))
@@ -43,7 +43,7 @@ def main() -> int:
     add_calibration(report, calibration)
     if "check" in arguments.only:
         cases, num_repeats = (_QUICK_CASES, _NUM_QUICK_REPEATS) if is_quick else (CASES, _NUM_REPEATS)
-        check(report, calibration.crowded, cases, num_repeats)
+        check(report, calibration.crowded, this_machine(calibration.window_bytes), cases, num_repeats)
     if "plan" in arguments.only:
         _plan(report, calibration, arguments)
     directory: Path | None = getattr(arguments, "out", None)
@@ -87,6 +87,7 @@ def add_calibration(report: Report, calibration: Calibration) -> None:
             for num_bytes, seconds in curve:
                 report.add(f"{name}, {num_bytes / 1e6:g} MB, {where}", seconds * 1e3, "ms")
     report.add("decisions on a push, for each worker of the run", calibration.alone.decide_s * 1e6, "us")
+    report.add("a connection on loopback takes in", calibration.window_bytes / 1e6, "MB")
     report.add("a step of a perceptron, 784-128-10, batch 64", calibration.step.mean_s * 1e3, "ms")
     report.add("its standard deviation", calibration.step.spread_s * 1e3, "ms")
     for codec in calibration.codecs.values():

@@ -10,18 +10,21 @@ and server on this one: there all cores are busy, and share caches and the way t
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import socket
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from benchmarks.parameter_server import layout_of
-from benchmarks.processes import Peer, started, together
+from benchmarks.processes import DEADLINE_S, Peer, started, together
 from benchmarks.report import say
 from benchmarks.scale_model import Codec, Costs, Steps
 from benchmarks.scale_peers import Server, Step, Worker
@@ -35,6 +38,7 @@ CODECS = ("bfloat16", "int8", "topk:0.01")
 
 _STEP_S = 0.005
 _CYCLES_S, _ROUGH_S_PER_BYTE, _MIN_REPEATED = 0.8, 1.2e-9, 5
+_WINDOW_PART_BYTES, _NUM_WINDOW_PARTS, _STALLED_S = 10_000_000, 20, 0.1
 _CODEC_BYTES = 20_000_000
 _CODEC_PHASES = ("encode", "encode and keep the error", "copy", "decode")
 _STATE_WORKERS = (16, 512)
@@ -47,11 +51,13 @@ class Calibration:
     Attributes:
         alone: where a worker has a machine of its own.
         crowded: where workers and server share this one.
+        window_bytes: that a connection on loopback takes in while nobody reads.
         step: of a real model, for an example.
     """
 
     alone: Costs
     crowded: Costs
+    window_bytes: int
     step: Steps
     codecs: dict[str, Codec]
 
@@ -62,7 +68,7 @@ def calibrate(num_rounds: int, sizes: Sequence[int] = SIZES) -> Calibration:
     alone = _costs(1, num_rounds, sizes, decide_s)
     crowded = _costs(max(2, len(os.sched_getaffinity(0))), num_rounds, sizes, decide_s)
     say("calibrating: a step, codecs")
-    return Calibration(alone, crowded, _step(), {spec: _codec(spec, num_rounds) for spec in CODECS})
+    return Calibration(alone, crowded, _window_bytes(), _step(), {spec: _codec(spec, num_rounds) for spec in CODECS})
 
 
 def _costs(num_workers: int, num_rounds: int, sizes: Sequence[int], decide_s: float) -> Costs:
@@ -150,6 +156,31 @@ def _seconds_a_push(num_workers: int) -> float:
             elif isinstance(decision, Publish):
                 state.published(folds, 0.0)
     return (time.perf_counter() - began) / num_workers
+
+
+def _window_bytes() -> int:
+    """Of a connection whose buffers have grown, as they do in a run of large weights."""
+    data, received = memoryview(bytearray(_WINDOW_PART_BYTES)), bytearray(_WINDOW_PART_BYTES)
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_connection(listening.getsockname()) as ours:
+        theirs = listening.accept()[0]
+        with theirs, ThreadPoolExecutor(1) as reader:
+            theirs.settimeout(DEADLINE_S)
+            for _ in range(_NUM_WINDOW_PARTS):
+                read = reader.submit(_fill, theirs, received)
+                ours.sendall(data)
+                read.result(DEADLINE_S)
+            ours.settimeout(_STALLED_S)
+            num_bytes = 0
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    num_bytes += ours.send(data[: 2**17])
+    return num_bytes
+
+
+def _fill(connection: socket.socket, buffer: bytearray) -> None:
+    view = memoryview(buffer)
+    while view:
+        view = view[connection.recv_into(view) :]
 
 
 def _step() -> Steps:

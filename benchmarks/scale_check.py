@@ -78,24 +78,25 @@ CASES = (
 )
 
 
-def this_machine() -> Cluster:
+def this_machine(window_bytes: int) -> Cluster:
     """Workers and server on the cores that there are, as in the real runs."""
     return Cluster(
         is_one_machine=True,
         server_cores=_num_cores(),
         link_bytes_per_s=None,
+        window_bytes=window_bytes,
         chunk_bytes=2**17,
         max_chunks=100,
     )
 
 
-def check(report: Report, costs: Costs, cases: tuple[Case, ...], num_repeats: int) -> None:
+def check(report: Report, costs: Costs, cluster: Cluster, cases: Sequence[Case], num_repeats: int) -> None:
     """Adds the rows of each case, and a summary."""
     errors, others_shares = [], []
     for case in cases:
         say(f"real and simulated: {case}")
         num_rounds = rounds_for(case)
-        predicted = predict(case, costs, num_rounds)
+        predicted = predict(case, costs, cluster, num_rounds)
         measured = measure(case, num_rounds, num_repeats)
         errors.append(_add_rows(report, str(case), predicted, measured.outcome))
         others_shares.append(measured.others_share)
@@ -116,7 +117,7 @@ def rounds_for(case: Case) -> int:
     return max(8, round(_RUN_S / ((interval_s + transfer_s) * share)))
 
 
-def predict(case: Case, costs: Costs, num_rounds: int) -> Outcome:
+def predict(case: Case, costs: Costs, cluster: Cluster, num_rounds: int) -> Outcome:
     """The mean over some seeds."""
     outcomes = [
         simulate(
@@ -131,7 +132,7 @@ def predict(case: Case, costs: Costs, num_rounds: int) -> Outcome:
                 seed=seed,
             ),
             costs,
-            this_machine(),
+            cluster,
         )
         for seed in range(_NUM_SEEDS)
     ]

@@ -7,6 +7,7 @@ heap in order. Two events of one moment are taken in the order in which they wer
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -15,7 +16,9 @@ Action = Callable[[], None]
 # A burst of work that is so short has ended: what is left is rounding.
 _NOTHING_S = 1e-9
 # Of a Linux that is built with CONFIG_HZ=250, as most are.
-TICK_S = 0.004
+_TICK_S = 0.004
+# `sysctl_sched_base_slice` of Linux, which is multiplied by 1 + log2 of the cores, of 8 at most.
+_BASE_SLICE_S = 0.0007
 
 
 class Clock:
@@ -48,10 +51,10 @@ class Thread:
         self.remaining_s = 0.0
         """Of the job that is being done, seconds of a core."""
         self.used_s = 0.0
-        """Seconds of a core so far; a thread that has slept counts as having used as much as the others' least."""
+        """Seconds of a core so far, as the scheduler counts them."""
         self.busy_s = 0.0
         """Seconds of a core so far, of all jobs that have ended."""
-        self.core = 0
+        self.core: int | None = None
         """Index of the core that it was on last."""
         self.ran_at = -1.0
         """When it left a core last."""
@@ -99,33 +102,25 @@ class _Core:
 
 
 class Cores:
-    """The cores of a machine, shared as Linux does it: each has a queue, and whoever has used least comes next.
+    """The cores of a machine, shared as Linux does it (EEVDF): each has a queue, and who has used least comes next.
 
     A thread that wakes gets the core that it was on, or one that is idle, or waits at the core of whoever has woken it
-    where nobody else waits there, or else at its own. It takes the place of a thread that has used more, once that had
-    the core for a while; otherwise cores change hands when a slice ends. A core that gets idle takes over a thread that
-    waits elsewhere, unless that has only just run: its data are in the other core's cache. So a thread may wait while
-    another core is idle, until the next tick.
+    where nobody else waits there, or else at its own; it counts as having used as much as those there on average. A
+    core changes hands when a slice ends. One that gets idle takes over a thread that waits elsewhere, unless that has
+    only just run: its data are in the other core's cache. So a thread may wait while another core is idle, until the
+    next tick. Queues of busy cores are not made equal: Linux does so too seldom to matter here.
 
     Args:
         num_cores: that may work at a time.
-        slice_s: how long a thread keeps a core that others wait for: that of Linux is shorter, but ends with a tick.
-        protected_s: how long it keeps it from threads that wake.
         hot_s: for how long a thread that has run is not taken over.
     """
 
-    def __init__(
-        self,
-        clock: Clock,
-        num_cores: int,
-        slice_s: float = TICK_S,
-        protected_s: float = 0.0014,
-        hot_s: float = 0.0005,
-    ) -> None:
+    def __init__(self, clock: Clock, num_cores: int, hot_s: float = 0.0005) -> None:
         if num_cores < 1:
             raise ValueError(f"expected at least one core, got {num_cores}")
         self._clock = clock
-        self._slice_s, self._protected_s, self._hot_s = slice_s, protected_s, hot_s
+        self._slice_s = _BASE_SLICE_S * (1 + int(math.log2(min(num_cores, 8))))
+        self._hot_s = hot_s
         self._cores = [_Core() for _ in range(num_cores)]
         self._num_waits = 0
         self._num_waiting = 0
@@ -136,25 +131,27 @@ class Cores:
         """A thread that slept has something to do."""
         core = self._core_for(thread)
         self._account(core)
-        others = [core.queue[0][0]] if core.queue else []
-        if core.thread is not None:
-            others.append(core.thread.used_s)
-        if others:
-            thread.used_s = max(thread.used_s, min(others))
         if core.thread is None:
             self._run(core, thread)
         else:
+            used_s = [core.thread.used_s, *(entry[0] for entry in core.queue)]
+            thread.used_s = sum(used_s) / len(used_s)
+            thread.core = self._cores.index(core)
             self._wait(core, thread)
             self._schedule(core)
 
     def _core_for(self, thread: Thread) -> _Core:
-        own = self._cores[thread.core % len(self._cores)]
+        if thread.core is None:
+            own = min(self._cores, key=lambda core: len(core.queue))
+        else:
+            own = self._cores[thread.core]
         if own.thread is None:
             return own
         for core in self._cores:
             if core.thread is None:
                 return core
-        return self._waking if self._waking is not None and not self._waking.queue else own
+        is_new = thread.core is None
+        return own if is_new or self._waking is None or self._waking.queue else self._waking
 
     def _wait(self, core: _Core, thread: Thread) -> None:
         self._num_waits += 1
@@ -173,8 +170,7 @@ class Cores:
         assert core.thread is not None
         seconds = core.thread.remaining_s
         if core.queue:
-            keeps_s = self._protected_s if core.queue[0][0] < core.thread.used_s else self._slice_s
-            seconds = min(seconds, max(0.0, core.picked_at + keeps_s - self._clock.now))
+            seconds = min(seconds, max(0.0, core.picked_at + self._slice_s - self._clock.now))
         core.number += 1
         number = core.number
         self._clock.after(seconds, lambda: self._come_back(core, number))
@@ -212,16 +208,14 @@ class Cores:
         core.thread = None
         core.number += 1
         if not core.queue and self._num_waiting:
-            self._take_over(core, at_least=1)
+            self._take_over(core)
         if core.queue:
             self._num_waiting -= 1
             self._run(core, heapq.heappop(core.queue)[2])
 
-    def _take_over(self, core: _Core, at_least: int) -> None:
-        """Moves a thread to `core` from the longest queue, if that is so long."""
+    def _take_over(self, core: _Core) -> None:
+        """Moves a thread to `core` from the longest queue."""
         longest = max(self._cores, key=lambda other: len(other.queue))
-        if len(longest.queue) < at_least:
-            return
         cold_at = self._clock.now - self._hot_s + _NOTHING_S
         for entry in sorted(longest.queue):
             if entry[2].ran_at <= cold_at:
@@ -231,24 +225,20 @@ class Cores:
                 return
 
     def _balance_later(self) -> None:
-        """At the next tick, cores without work, or with less to come, take threads over."""
+        """At the next tick, cores without work take threads over."""
         if not self._is_balancing and len(self._cores) > 1:
             self._is_balancing = True
-            seconds = TICK_S - self._clock.now % TICK_S
-            self._clock.after(seconds if seconds > _NOTHING_S else TICK_S, self._balance)
+            seconds = _TICK_S - self._clock.now % _TICK_S
+            self._clock.after(seconds if seconds > _NOTHING_S else _TICK_S, self._balance)
 
     def _balance(self) -> None:
         self._is_balancing = False
         for core in self._cores:
             if core.thread is None and self._num_waiting:
-                self._take_over(core, at_least=1)
+                self._take_over(core)
                 if core.queue:
                     self._num_waiting -= 1
                     self._run(core, heapq.heappop(core.queue)[2])
-            elif core.thread is not None and self._num_waiting:
-                self._take_over(core, at_least=len(core.queue) + 2)
-                self._account(core)
-                self._schedule(core)
         if self._num_waiting:
             self._balance_later()
 

@@ -97,7 +97,7 @@ def test_a_regression_predicts_a_double_or_an_array_of_them(spark: Any, units: i
         (doubled_error, 3, ("regression", False)),
         (None, 3, ("regression", False)),
     ],
-    ids=str,
+    ids=lambda value: str(getattr(value, "name", None) or getattr(value, "__name__", value)),
 )
 def test_the_loss_says_what_the_output_means(loss: Any, units: int, expected: tuple[str, bool]) -> None:
     model = sequential(keras.layers.Dense(units), loss=loss)
