@@ -69,7 +69,7 @@ def main() -> int:
             undisturbed = _undisturbed(laboratory, num_epochs)
             trials = list(_trials(laboratory, undisturbed, num_epochs, num_trials, Random(arguments.seed)))
     _add_rows(report, undisturbed, trials)
-    return report.conclude(arguments.json)
+    return report.conclude(arguments.json, arguments.out)
 
 
 def _undisturbed(laboratory: Laboratory, num_epochs: int) -> Outcome:

@@ -80,7 +80,7 @@ def main() -> int:
         add_rows(report, outcome)
     for failure in (failure for outcome in outcomes for failure in outcome.failures):
         say(f"FAILURE: {failure}")
-    return report.conclude(arguments.json)
+    return report.conclude(arguments.json, arguments.out)
 
 
 def _arguments() -> argparse.Namespace:

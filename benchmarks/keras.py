@@ -104,7 +104,7 @@ def main() -> int:
                 _MEASUREMENTS[name](setting)
     if "memory" in chosen:
         _measure_memory(report, keras_memory.PARTITION_BYTES)
-    return report.conclude(arguments.json)
+    return report.conclude(arguments.json, arguments.out)
 
 
 def _parser() -> argparse.ArgumentParser:

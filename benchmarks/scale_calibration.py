@@ -4,8 +4,10 @@ Seconds are those that threads have used of a core, so that work that runs at th
 are measured in rounds as training has them, with the real server and workers, for an almost empty message and for
 larger ones: a push that is repeated and nothing else finds all that it needs in the caches, and takes half the time.
 
-Once with one worker, for clusters, where each has a machine. Once with as many as there are cores, for runs of workers
-and server on this one: there all cores are busy, and share caches and the way to the memory.
+Once with one worker that computes nothing, for clusters: it is a busy server's limits that are asked for there, and a
+server that sleeps between messages needs up to four times as long for a small one. Once with as many workers as there
+are cores, with steps, for runs of workers and server on this machine: there all cores are busy, and share caches and
+the way to the memory.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Calibration:
     """What was measured.
 
     Attributes:
-        alone: where a worker has a machine of its own.
+        alone: of a busy server, and a worker that has a machine of its own.
         crowded: where workers and server share this one.
         window_bytes: that a connection on loopback takes in while nobody reads.
         step: of a real model, for an example.
@@ -65,17 +67,17 @@ class Calibration:
 def calibrate(num_rounds: int, sizes: Sequence[int] = SIZES) -> Calibration:
     """Measures everything, each figure the median over so many rounds; takes about ten seconds a round."""
     decide_s = _decide_s(num_rounds)
-    alone = _costs(1, num_rounds, sizes, decide_s)
-    crowded = _costs(max(2, len(os.sched_getaffinity(0))), num_rounds, sizes, decide_s)
+    alone = _costs(1, 0.0, num_rounds, sizes, decide_s)
+    crowded = _costs(max(2, len(os.sched_getaffinity(0))), _STEP_S, num_rounds, sizes, decide_s)
     say("calibrating: a step, codecs")
     return Calibration(alone, crowded, _window_bytes(), _step(), {spec: _codec(spec, num_rounds) for spec in CODECS})
 
 
-def _costs(num_workers: int, num_rounds: int, sizes: Sequence[int], decide_s: float) -> Costs:
+def _costs(num_workers: int, step_s: float, num_rounds: int, sizes: Sequence[int], decide_s: float) -> Costs:
     measured = []
     for num_bytes in sizes:
         say(f"calibrating: {num_bytes / 1e6:g} MB, {num_workers} worker{'s' if num_workers > 1 else ''}")
-        measured.append(_measure_size(num_bytes, num_workers, num_rounds))
+        measured.append(_measure_size(num_bytes, num_workers, step_s, num_rounds))
 
     def curve(figure: str) -> list[tuple[float, float]]:
         return [(num_bytes, figures[figure]) for num_bytes, figures in zip(sizes, measured, strict=True)]
@@ -91,7 +93,7 @@ def _costs(num_workers: int, num_rounds: int, sizes: Sequence[int], decide_s: fl
     )
 
 
-def _measure_size(num_bytes: int, num_workers: int, num_rounds: int) -> dict[str, float]:
+def _measure_size(num_bytes: int, num_workers: int, step_s: float, num_rounds: int) -> dict[str, float]:
     """Seconds of a core, by what took them, for one push and its pull."""
     count = max(_MIN_REPEATED, round(_CYCLES_S / (_STEP_S + num_bytes * _ROUGH_S_PER_BYTE) / num_workers))
     seconds: dict[str, list[float]] = defaultdict(list)
@@ -99,11 +101,11 @@ def _measure_size(num_bytes: int, num_workers: int, num_rounds: int) -> dict[str
         address = server.call("address")
         peers = [Peer(f"worker {index}", Worker, address, index, num_bytes) for index in range(num_workers)]
         with started(peers) as workers:
-            together(workers, "cycle", max(_MIN_REPEATED, count // 5), _STEP_S)  # warms buffers and TCP's windows up
+            together(workers, "cycle", max(_MIN_REPEATED, count // 5), step_s)  # warms buffers and TCP's windows up
             for _ in range(num_rounds):
                 share = _push_share(server, workers[0], count)
                 before = server.call("processor_s")
-                cycles = together(workers, "cycle", count, _STEP_S)
+                cycles = together(workers, "cycle", count, step_s)
                 after = server.call("processor_s")
                 # Each of them has pulled once more, before it began.
                 used = {name: (after[name] - before[name]) / (count * num_workers) for name in after}

@@ -23,7 +23,7 @@ _NUM_SEEDS = 5
 _NUM_WARMING_ROUNDS = 3
 # A run counts as one that had the machine to itself where others had less of it.
 _ALONE_SHARE = 0.03
-_MAX_REPEATS_FOR_EACH = 4
+_MAX_REPEATS_FOR_EACH = 2
 
 
 @dataclass(frozen=True)

@@ -141,10 +141,8 @@ class Cores:
             self._schedule(core)
 
     def _core_for(self, thread: Thread) -> _Core:
-        if thread.core is None:
-            own = min(self._cores, key=lambda core: len(core.queue))
-        else:
-            own = self._cores[thread.core]
+        shortest = min(self._cores, key=lambda core: len(core.queue))
+        own = shortest if thread.core is None else self._cores[thread.core]
         if own.thread is None:
             return own
         for core in self._cores:

@@ -171,7 +171,7 @@ def idle_of_a_barrier(num_workers: int, slow_share: float, slow_factor: float) -
     """Idle share at staleness 0, of steps that are all equal but for the slow ones, where nothing else takes time.
 
     >>> round(idle_of_a_barrier(100, 0.02, 2.0), 3)
-    0.455
+    0.454
     """
     all_fast = (1 - slow_share) ** num_workers
     return 1 - (1 + slow_share * (slow_factor - 1)) / (all_fast + (1 - all_fast) * slow_factor)

@@ -57,7 +57,7 @@ def main() -> int:
     _add_rows(report, figures)
     if accuracy is not None:
         report.add(f"test accuracy after {_NUM_EPOCHS} epochs, sync_interval 100", accuracy, "share")
-    return report.conclude(arguments.json)
+    return report.conclude(arguments.json, arguments.out)
 
 
 class _Ours:

@@ -123,6 +123,19 @@ def test_runs_follow_one_another_on_shards(sc: SparkContext) -> None:
     assert second.history["loss"][0] < first.history["loss"][0]
 
 
+def test_workers_are_told_the_advertised_address_of_every_shard(sc: SparkContext) -> None:
+    hosts: list[str] = []
+
+    class Look(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            hosts.extend(place.address.host for place in session._server.places)  # type: ignore[union-attr]
+
+    x, y = data()
+    with SparkSession(sc, classifier(), num_shards=2, server_host="127.0.0.2", **SETTINGS) as session:
+        session.fit(x, y, progress=False, callbacks=[Look()])
+    assert hosts == ["127.0.0.2", "127.0.0.2"]
+
+
 def test_a_shards_process_that_is_killed_fails_the_run_within_seconds(sc: SparkContext) -> None:
     killed_at = 0.0
 
@@ -324,6 +337,7 @@ def test_rows_of_an_embedding_travel_alone_and_change_no_bit(sc: SparkContext) -
         ({"pull_compression": "topk:0.1"}, None, "would set all but a few weights to zero"),
         ({"compression": "topk:0.1"}, MeanWeightCombiner(2), "sends changes only, and MeanWeightCombiner takes whole"),
         ({"compression": "rows"}, ElasticAveragingCombiner(0.4), "sends changes only, and ElasticAveragingCombiner"),
+        ({"pull_compression": "int8"}, MeanWeightCombiner(2), "rounds the weights .* MeanWeightCombiner would take"),
         ({"overlap": True, "staleness": 1}, ElasticAveragingCombiner(0.4), "overlap is not for ElasticAveraging"),
         ({"overlap": True}, None, "set staleness to 1"),
         ({"num_shards": 2}, Locked(), "Locked cannot be sent to the processes of shards"),

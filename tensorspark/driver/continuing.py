@@ -57,6 +57,8 @@ def continued(checkpoint: RunCheckpoint, plan: RunPlan, config: Config, layout: 
                 f"{name} must be {checkpoint.plan.get(name)!r} as in the checkpoint that this run goes on from, got "
                 f"{planned[name]!r}"
             )
+    if checkpoint.plan.get("sync_interval") != config.sync_interval:
+        checkpoint = checkpoint.without_parts()  # a push of another length is no repetition of one that a shard has
     _require_same_combiner(checkpoint, plan)
     plan.combiner.restore_state(layout, _copied(checkpoint.combiner_state))
     if len(checkpoint.partitions) == plan.num_partitions:

@@ -81,6 +81,8 @@ class Engine:
         host = config.server_host or spark_context.getConf().get("spark.driver.host", "localhost")
         self._checked: ServerAddress | None = None
         self._num_recoveries = 0
+        self._is_recovering = False
+        self._attempt_of = ""  # the run: what its checkpoints are known by, of all its attempts
         self._running = threading.Lock()
         self._publisher = Publisher(spark_context, self._run_id, config.hdfs_dir, config.tmp_dir, user)
         start_shards: Any = ShardProcesses
@@ -118,8 +120,9 @@ class Engine:
             checkpoint = CheckpointDirectory(self.checkpoint_dir, user=self.user).read_newest()
         except (CheckpointError, StagingError) as problem:
             raise error from problem
-        if checkpoint.is_complete:  # of the run before
+        if checkpoint.is_complete or checkpoint.plan.get("attempt_of") != self._attempt_of:  # of a run before
             raise error
+        self._is_recovering = True
         logger.warning("%s; the run goes on from its checkpoint of version %d", error, checkpoint.version)
         self.take_over(checkpoint, model)
 
@@ -191,6 +194,9 @@ class Engine:
         epochs: EpochDriver | None,
         planned: Mapping[str, Any],
     ) -> History:
+        if not self._is_recovering:
+            self._attempt_of, self._num_recoveries = secrets.token_hex(8), 0
+        self._is_recovering = False
         layout = captured.spec.layout
         resume = self.restored and continued(self.restored, plan, self.config, layout)
         server, job = self._begin(captured, plan, resume)
@@ -211,7 +217,7 @@ class Engine:
         was_stopped = epochs is not None and epochs.wants_stop
         require_trained(workers, server.read_weights(weights), was_stopped=was_stopped)
         if isinstance(server, ShardedServer):
-            server.return_state()
+            server.end_run()
         model.assign(layout, weights)
         self.restored = None
         return History(
@@ -281,7 +287,7 @@ class Engine:
         self, server: AnyServer, plan: RunPlan, planned: Mapping[str, Any], line: ProgressLine
     ) -> Iterator[Callable[[], object]]:
         def described() -> dict[str, Any]:
-            return {"name": self.name, **planned_values(plan, self.config), **planned}
+            return {"name": self.name, "attempt_of": self._attempt_of, **planned_values(plan, self.config), **planned}
 
         with self._resources.checkpoints(server, self.checkpoint_dir, described) as checkpointer:
             if self.checkpoint_dir is not None:

@@ -157,6 +157,7 @@ def start_server(
         server=arguments,
         address_of=functools.partial(address_of, config=config),
         listen_host=host if config.num_task_shards else _LOOPBACK,
+        shards_host=None if config.num_task_shards else host,
     )
 
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from tensorspark.errors import CheckpointError, ProtocolError
 from tensorspark.ps.messages import (
+    Asked,
     Cursor,
     EpochEnd,
     EpochPlan,
@@ -58,12 +59,14 @@ class _Epoch:
 
     Attributes:
         evaluators: partitions that had come to its end when it was complete.
+        excused: partitions that its end does not wait for, as another shard, which this one follows, has them wait.
     """
 
     number: int
     values: Mapping[str, float]
     phase: _Phase = _Phase.TRAINING
     evaluators: frozenset[int] = frozenset()
+    excused: set[int] = field(default_factory=set)
     trained: dict[int, _Report] = field(default_factory=dict)
     evaluated: dict[int, _Report] = field(default_factory=dict)
 
@@ -173,6 +176,16 @@ class Epochs:
         if self.plan and (self.is_at_end(partition) or push.cursor > Cursor(self.number + 1)):
             raise ProtocolError(f"expected a push of epoch {self.number}, the newest that is released, got {push}")
 
+    def follow(self, partition: Partition, asked: Asked) -> None:
+        """Takes note of what the shard that this one follows has said to the partition's worker, by what that asks."""
+        epoch = self._released
+        if asked is Asked.REST:
+            epoch.excused.add(partition.index)
+        elif asked is Asked.NEXT and not self.is_at_end(partition):
+            epoch.excused.discard(partition.index)
+            if epoch.phase is _Phase.READY:  # too early: it came between the ends of this shard's epoch and the other's
+                epoch.phase = _Phase.TRAINING
+
     def fold(self, partition: int, push: Push) -> None:
         """A push is in its round."""
         if self.plan is None:
@@ -239,7 +252,9 @@ class Epochs:
             epoch.phase = _Phase.READY
 
     def _is_complete(self, partitions: Sequence[Partition], awaited: set[int]) -> bool:
-        if not all(self.is_at_end(partitions[index]) for index in awaited):
+        excused = self._released.excused
+        due = [partitions[index] for index in awaited if self.is_at_end(partitions[index]) or index not in excused]
+        if not all(map(self.is_at_end, due)) or (awaited and not due):
             return False
         # One who was given up may have left a push, which is in the making.
         return not any(partition.num_unpublished for partition in partitions)

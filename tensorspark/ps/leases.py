@@ -18,18 +18,12 @@ logger = logging.getLogger(__name__)
 class Leases:
     """A run's leases, by connection.
 
-    Args:
-        follows: whether who is granted a partition counts at the gate from its first pull on, not before.
-
     Attributes:
         pulls: connections of holders whose pull waits, by partition.
     """
 
-    def __init__(
-        self, layout: WeightLayout, partitions: Sequence[Partition], gate: Gate, *, follows: bool = False
-    ) -> None:
+    def __init__(self, layout: WeightLayout, partitions: Sequence[Partition], gate: Gate) -> None:
         self.pulls: dict[int, int] = {}
-        self._follows = follows
         self._layout = layout
         self._partitions = partitions
         self._gate = gate
@@ -114,16 +108,8 @@ class Leases:
         partition.update(host=registration.host)
         logger.info("partition %d: attempt %d on %s", registration.partition, registration.attempt, registration.host)
         finished = partition.report.finished
-        if not self._follows or finished or registration.is_resuming:
-            self._gate.join(partition.index, now, is_finished=finished)
+        self._gate.join(partition.index, now, is_finished=finished)
         return Grant(connection, partition.folded, partition.cursor, finished)
-
-    def has_followed(self, partition: Partition, now: float) -> bool:
-        """Whether a holder counts at the gate from its pull on, which has just come."""
-        if not self._follows or partition.report.finished or self._gate.has(partition.index):
-            return False
-        self._gate.join(partition.index, now)
-        return True
 
     def _replace(self, partition: Partition, attempt: int, now: float) -> list[Close]:
         """Closes an older connection of the attempt, which the server has not seen break yet."""

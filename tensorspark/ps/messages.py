@@ -71,12 +71,14 @@ class Asked(enum.Enum):
 
     NEXT: what is to be done next, when it may be. EVALUATE: of a shard that follows another, which has ordered an
     evaluation: the weights of the epoch's end. PEEK: the current weights, at once, as this shard has the push already
-    that the worker repeats for others.
+    that the worker repeats for others. REST: of a shard that follows another, which has the worker wait: the end of the
+    epoch is not to wait for it; answered at once.
     """
 
     NEXT = "next"
     EVALUATE = "evaluate"
     PEEK = "peek"
+    REST = "rest"
 
 
 @dataclass(frozen=True, order=True)

@@ -221,7 +221,7 @@ class Run:
         header, number = frame.header, connection.number
         if frame.kind is Kind.PULL:
             connection.held = protocol.count(header, "version") if "version" in header else None
-            decisions = self.state.pull(number, headers.asked(header), time.monotonic())
+            decisions = self.state.pull(number, headers.asked(header))
         elif frame.kind is Kind.PUSH:
             decisions = self._push(number, frame)
         elif frame.kind is Kind.REGISTER:
@@ -270,7 +270,9 @@ class Run:
 
     def _notice_epoch(self) -> None:
         """Tells who waits for an epoch's end what has become of it."""
-        if self._epoch_end is None:
+        if not self.state.is_epoch_ready:
+            self._epoch_end = None  # of a shard that follows another, which had it go on
+        elif self._epoch_end is None:
             self._epoch_end = self.state.epoch_end(time.monotonic() - self._epoch_released_at)
         if self._epoch_end is not None or self.state.stopped or self.state.is_finishing:
             self._epoch_news.set()

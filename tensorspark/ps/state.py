@@ -62,7 +62,7 @@ class RunState:
         recorder: of a restored run.
         epochs: what is done between epochs; None: nothing.
         epoch_progress: where a restored run's epochs stood.
-        follows: whether this is a shard whose workers begin and evaluate as another shard tells them.
+        follows: whether this is a shard whose workers train and evaluate when another shard says so.
     """
 
     def __init__(
@@ -97,7 +97,8 @@ class RunState:
         self._version = version
         self._num_steps = self.recorder.num_steps  # in the published weights
         self._num_in_round = 0  # workers that a bulk-synchronous round began with
-        self._leases = Leases(layout, self._partitions, self._gate, follows=follows)
+        self._follows = follows
+        self._leases = Leases(layout, self._partitions, self._gate)
         self._asked: dict[int, Asked] = {}  # by partition, what its newest pull is for
         self._pulls = self._leases.pulls
         self._held: dict[int, Fold] = {}  # this round's pushes that wait for their turn, by partition
@@ -117,17 +118,16 @@ class RunState:
             return [Refuse(connection, error)]
         return [*replaced, *self._grant_next(partition, now)]
 
-    def pull(self, connection: int, asked: Asked = Asked.NEXT, now: float = 0.0) -> list[Decision]:
+    def pull(self, connection: int, asked: Asked = Asked.NEXT) -> list[Decision]:
         """A worker asks for the newest weights."""
         held = self._held_by(connection)
         if isinstance(held, RefusedError):
             return [Refuse(connection, held)]
-        others: list[Decision] = []
-        if self._leases.has_followed(held, now):
-            self._join(held)
-            others = self._go_on()
         self._asked[held.index] = asked
-        order = OrderKind.TRAIN if asked is Asked.PEEK else self._order_for(held)
+        if self._follows:
+            self._epochs.follow(held, asked)
+        order = OrderKind.TRAIN if asked in (Asked.PEEK, Asked.REST) else self._order_for(held)
+        others = self._go_on() if asked is Asked.REST else []
         if order is None:
             self._pulls[held.index] = connection
             return others
@@ -331,6 +331,11 @@ class RunState:
         return None if self.stopped else self._epochs.end(seconds)
 
     @property
+    def is_epoch_ready(self) -> bool:
+        """Whether an epoch waits for the driver."""
+        return self._epochs.is_ready
+
+    @property
     def is_finishing(self) -> bool:
         """Whether every worker is to finish, and no more epoch will be for the driver."""
         return self._epochs.is_finishing
@@ -382,18 +387,13 @@ class RunState:
         grant = self._leases.grant_next(partition, now)
         if grant is None:
             return []
-        if self._epochs.is_at_end(partition):  # and holds nobody up: its pulls wait elsewhere
-            self._leases.has_followed(partition, now)
-        self._join(partition)
+        self._rest_at_end(partition)
+        self._num_in_round = max(self._num_in_round, self._gate.num_counted)
         return [grant, *self._go_on()]
 
     def _rest_at_end(self, partition: Partition) -> None:
         if self._epochs.is_at_end(partition):
             self._gate.rest(partition.index)
-
-    def _join(self, partition: Partition) -> None:
-        self._rest_at_end(partition)
-        self._num_in_round = max(self._num_in_round, self._gate.num_counted)
 
 
 def _stopped_error() -> RunStoppedError:

@@ -93,10 +93,6 @@ class Gate:
         """Workers that rest."""
         return len(self._running & self._resting)
 
-    def has(self, partition: int) -> bool:
-        """Whether a worker holds the partition and has joined."""
-        return partition in self._running
-
     def round_of(self, partition: int) -> int:
         return self._rounds[partition]
 

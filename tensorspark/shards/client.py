@@ -6,6 +6,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 from typing import TypeVar
 
@@ -18,6 +19,9 @@ from tensorspark.weights.layout import Buffer
 
 # Pushes are based on one of the snapshots pulled last.
 _NUM_VERSIONS = 8
+
+# So long the first shard may take for its order, before the others are told that the worker waits for it.
+_REST_AFTER_S = 0.5
 
 _T = TypeVar("_T")
 
@@ -85,7 +89,7 @@ class ShardedClient:
                 lambda i: pull_from(i, Asked.PEEK if self._num_ahead[i] else Asked.NEXT), indices
             )
         elif self._is_between_epochs:
-            first = pull_from(0, Asked.NEXT)
+            first = self._first_order(lambda: pull_from(0, Asked.NEXT), lambda index: pull_from(index, Asked.REST))
             if first.kind is OrderKind.FINISH:
                 return first
             asked = Asked.EVALUATE if first.kind is OrderKind.EVALUATE else Asked.NEXT
@@ -93,6 +97,16 @@ class ShardedClient:
         else:
             orders = self._in_parallel(lambda index: pull_from(index, Asked.NEXT), indices)
         return self._agreed(orders)
+
+    def _first_order(self, pull: Callable[[], Order], rest: Callable[[int], Order]) -> Order:
+        """What the first shard orders; where it has the worker wait, the others' epoch is not to wait for it."""
+        future = self._threads.submit(pull)
+        try:
+            return future.result(_REST_AFTER_S)
+        except FutureTimeoutError:
+            if not future.done():
+                self._in_parallel(rest, range(1, len(self._clients)))
+            return future.result()
 
     def _agreed(self, orders: Sequence[Order]) -> Order:
         first = orders[0]

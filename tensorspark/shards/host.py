@@ -46,12 +46,14 @@ class ShardJob:
 
     Attributes:
         index: of the shard; 0 is the driver's.
+        server_host: advertised to workers; None: the address by which this machine reaches the driver.
         server: arguments of `ParameterServer`, but for layout and host.
         combiner: pickled, as it may be defined in ``__main__``.
         epochs: without metrics, which are the driver's shard's.
     """
 
     index: int
+    server_host: str | None
     server: Mapping[str, Any]
     layout: WeightLayout
     combiner: bytes = field(repr=False)
@@ -71,7 +73,7 @@ def serve(job: ShardJob) -> None:
     assert job.driver is not None
     over = threading.Event()
     plain = dial(job.driver.host, job.driver.port, job.driver.key)
-    host = _Host(job, plain.getsockname()[0], over)
+    host = _Host(job, job.server_host or plain.getsockname()[0], over)
     channel = Channel(plain, "the driver", host.handlers, on_lost=over.set)
     try:
         channel.call("hello", {"index": job.index})
@@ -85,7 +87,7 @@ class _Host:
     """Does what the driver calls for.
 
     Args:
-        address: of this machine, as the driver sees it; workers find the shard there.
+        address: where workers find the shard.
         over: set when the driver is done with it.
     """
 

@@ -75,6 +75,7 @@ class ShardedServer:
         server: arguments of the other shards' `ParameterServer`, but for layout and host.
         address_of: what workers need to know of a server.
         listen_host: where the other shards find the driver.
+        shards_host: where workers find the other shards; None: where each of them is.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class ShardedServer:
         server: Mapping[str, Any],
         address_of: Callable[[Endpoint], ServerAddress],
         listen_host: str = "127.0.0.1",
+        shards_host: str | None = None,
     ) -> None:
         self.layout = layout
         self.shards = tuple(shards)
@@ -98,6 +100,7 @@ class ShardedServer:
         self._server = server
         self._address_of = address_of
         self._listen_host = listen_host
+        self._shards_host = shards_host
         self._fleet: Fleet | None = None
         self._epoch_ended: int | None = None  # and not released
         self._combiner: WeightCombiner | None = None
@@ -146,6 +149,7 @@ class ShardedServer:
         jobs = [
             ShardJob(
                 index=index,
+                server_host=self._shards_host,
                 server=self._server,
                 layout=part.shard.layout,
                 combiner=self._dumps(part.combiner),
@@ -252,6 +256,11 @@ class ShardedServer:
             if first is None or any(values["version"] is None for values, _ in others):
                 return None
             return self._joined(first, others)
+
+    def end_run(self) -> None:
+        """Ends the other shards, whose weights have been read; the combiner has what they have seen."""
+        self.return_state()
+        self._end_fleet()
 
     def return_state(self) -> None:
         """Gives the combiner that the run began with what the shards' copies have seen, for the next run."""

@@ -48,7 +48,14 @@ class Compression:
         return self.pull == _ROWS
 
     def require_fit(self, combiner: WeightCombiner) -> None:
-        """Raises `ConfigError` where the codec for pushes cannot carry what the combiner wants."""
+        """Raises `ConfigError` where a codec cannot carry what the combiner wants, or would spoil what it holds."""
+        pull_codec = self.pull_codec
+        if pull_codec is not None and pull_codec.is_lossy and combiner.pushes == "weights":
+            raise ConfigError(
+                f"pull_compression={self.pull!r} rounds the weights that workers train on, and "
+                f"{type(combiner).__name__} would take these into the server's: use none or rows, or a combiner that "
+                f"takes deltas (MeanDeltaCombiner, DeltaWeightCombiner)"
+            )
         codec = self.push_codec
         if codec is None or combiner.pushes == "delta":
             return
