@@ -45,7 +45,12 @@ class Resources:
     """
 
     def __init__(
-        self, publisher: Publisher, config: Config, server_host: str, user: str, start_shards: StartShards
+        self,
+        publisher: Publisher,
+        config: Config,
+        server_host: str,
+        user: str,
+        start_shards: StartShards = ShardProcesses,
     ) -> None:
         self._publisher = publisher
         self._config = config
