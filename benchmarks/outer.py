@@ -20,24 +20,23 @@ the accuracy that the mean has there.
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import keras_digits, keras_spark
-from benchmarks.keras_digits import Digits
-from benchmarks.keras_peers import test_accuracy
-from benchmarks.peers_course import MODEL_BYTES
-from benchmarks.peers_programs import LEARNING_RATE, NUM_WORKERS, exchanged_bytes, sgd_model
-from benchmarks.report import Report, argument_parser, say
+from benchmarks.clusters.local import local_spark
+from benchmarks.measuring.report import Report, argument_parser, say
+from benchmarks.workloads import digits
+from benchmarks.workloads.perceptron import MODEL_BYTES, SGD_LEARNING_RATE, exchanged_bytes, make_sgd_model
+from benchmarks.workloads.spark_rows import cached_rows
 from tensorspark import MeanDeltaCombiner, ServerSGD, SparkSession, WeightCombiner
 
 INTERVALS = (1, 10, 100, 500)
 MOMENTUMS: Mapping[str, float | None] = {"mean": None, "momentum 0.5": 0.5, "momentum 0.9": 0.9}
 """Of the server's optimizer, by rule; None for the plain mean."""
 _SERVER_LEARNING_RATE = 0.7
+_NUM_WORKERS = 2
 _BATCH_SIZE = 60
 _NUM_EPOCHS, _NUM_QUICK_EPOCHS = 10, 1
 _NUM_SEEDS, _NUM_QUICK_SEEDS = 3, 1
@@ -80,19 +79,18 @@ def main() -> int:
     arguments = parser.parse_args()
     num_seeds = arguments.seeds or (_NUM_QUICK_SEEDS if arguments.quick else _NUM_SEEDS)
     num_epochs = arguments.epochs or (_NUM_QUICK_EPOCHS if arguments.quick else _NUM_EPOCHS)
-    os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-    digits = keras_digits.find()
-    report = Report(f"Outer: 784-128-10, SGD 0.1, {num_epochs} epochs of {digits}", _PACKAGES)
+    rows = digits.find()
+    report = Report(f"Outer: 784-128-10, SGD 0.1, {num_epochs} epochs of {rows}", _PACKAGES)
     moved: dict[tuple[str, int], list[float]] = {}
     accuracies: dict[tuple[str, int], list[float]] = {}
     say("starting Spark")
-    with keras_spark.spark_session(NUM_WORKERS) as spark:
-        df = keras_spark.cached_rows(spark, digits, NUM_WORKERS)
+    with local_spark(_NUM_WORKERS) as spark:
+        df = cached_rows(spark, rows, _NUM_WORKERS)
         for seed in range(1, num_seeds + 1):
             for rule in MOMENTUMS:
                 for interval in INTERVALS:
                     say(f"seed {seed} of {num_seeds}: {rule}, sync_interval {interval}")
-                    per_sample, share = train(spark, df, digits, rule, interval, num_epochs, seed)
+                    per_sample, share = train(spark, df, rows, rule, interval, num_epochs, seed)
                     moved.setdefault((rule, interval), []).append(per_sample)
                     accuracies.setdefault((rule, interval), []).append(share)
     add_rows(report, moved, accuracies)
@@ -100,12 +98,12 @@ def main() -> int:
 
 
 def train(
-    spark: Any, df: Any, digits: Digits, rule: str, interval: int, num_epochs: int, seed: int
+    spark: Any, df: Any, rows: digits.Digits, rule: str, interval: int, num_epochs: int, seed: int
 ) -> tuple[float, float]:
     """Bytes per sample and test accuracy of one training."""
-    model = sgd_model(seed)
+    model = make_sgd_model(seed)
     if MOMENTUMS[rule] is not None:  # with the mean, fit does it
-        model.optimizer.learning_rate = LEARNING_RATE * NUM_WORKERS
+        model.optimizer.learning_rate = SGD_LEARNING_RATE * _NUM_WORKERS
     with SparkSession(spark, model, name="outer", sync_interval=interval, staleness=0) as session:
         history = session.fit(
             df,
@@ -118,7 +116,7 @@ def train(
             progress=False,
         )
     num_pushes = sum(worker.num_pushed for worker in history.workers)
-    return bytes_per_sample(num_pushes, history.num_samples), test_accuracy(model, *digits.test())
+    return bytes_per_sample(num_pushes, history.num_samples), rows.test_accuracy(model)
 
 
 def add_rows(report: Report, moved: Figures, accuracies: Figures) -> None:

@@ -14,13 +14,14 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks import keras_digits
-from benchmarks.processes import Peer
-from benchmarks.report import Report, argument_parser, median_ratio, say
+from benchmarks.measuring import procfs
+from benchmarks.measuring.processes import Peer
+from benchmarks.measuring.report import Report, argument_parser, median_ratio, say
+from benchmarks.workloads import digits, perceptron
 
 _NUM_WORKERS = 2
 _BATCH_SIZE = 100
@@ -38,11 +39,11 @@ Figures = dict[tuple[str, str], list[float]]
 def main() -> int:
     arguments = argument_parser(__doc__.splitlines()[0]).parse_args()
     num_rounds = _NUM_QUICK_ROUNDS if arguments.quick else _NUM_ROUNDS
-    digits = keras_digits.find()
-    report = Report(f"The first second: 784-128-10 on {digits}, one step", ["tensorflow", "keras", "pyspark"])
+    rows = digits.find()
+    report = Report(f"The first second: 784-128-10 on {rows}, one step", ["tensorflow", "keras", "pyspark"])
     figures: Figures = defaultdict(list)
     with tempfile.TemporaryDirectory() as directory:
-        write_rows(digits, Path(directory))
+        write_rows(rows, Path(directory))
         for index in range(num_rounds):
             for name, settings in _SETTINGS.items():
                 say(f"round {index + 1} of {num_rounds}: {name}")
@@ -53,14 +54,14 @@ def main() -> int:
     return report.conclude(arguments.json, arguments.out)
 
 
-def write_rows(digits: keras_digits.Digits, directory: Path) -> None:
+def write_rows(rows: digits.Digits, directory: Path) -> None:
     """A batch for each worker, as Parquet: reading it takes no Python."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    num_shares = keras_digits.NUM_ROWS // _BATCH_SIZE
+    num_shares = digits.NUM_ROWS // _BATCH_SIZE
     for index in range(_NUM_WORKERS):
-        table = pa.Table.from_batches(digits.batches(index, num_shares))
+        table = pa.Table.from_batches(rows.batches(index, num_shares))
         parquet.write_table(table, directory / f"{index}.parquet")
 
 
@@ -86,17 +87,13 @@ class Application:
     """
 
     def __init__(self, settings: dict[str, str], rows: str) -> None:
-        from pyspark.sql import SparkSession as Spark
-
+        from benchmarks.clusters.local import local_spark
         from tensorspark.trainers.startup import quiet
 
-        os.environ["PYSPARK_PYTHON"] = sys.executable
-        os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
-        builder = Spark.builder.master(f"local[{_NUM_WORKERS}]").appName("tensorspark benchmark")
-        fixed = {"spark.log.level": "ERROR", "spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false"}
-        self._spark: Any = builder.config(map={**fixed, **settings}).getOrCreate()
+        self._open = ExitStack()
+        self._spark = self._open.enter_context(local_spark(_NUM_WORKERS, memory="1g", settings=settings))
         with quiet():
-            self._model = keras_digits.make_model()
+            self._model = perceptron.make_model()
         self._df = self._spark.read.parquet(rows)
 
     def fit(self) -> float:
@@ -119,14 +116,20 @@ class Application:
 
     def memory(self) -> list[Memory]:
         """Of this application's Python daemons and their workers."""
-        parents = _parents()
-        daemons = {pid for pid in parents if _is_daemon(pid)}
-        ours = [pid for pid in daemons if os.getpid() in _ancestors(pid, parents)]
-        found = [(parents[pid] not in daemons, _rollup(pid)) for pid in ours]
-        return [Memory(is_daemon, rollup["Rss"], rollup["Pss"]) for is_daemon, rollup in found if rollup]
+        parents = procfs.parents()
+        ours = {pid for pid in procfs.family(os.getpid()) if _is_daemon(pid)}
+        found = [
+            Memory(
+                parents.get(pid) not in ours,
+                procfs.shared_out_bytes(pid, "Rss"),
+                procfs.shared_out_bytes(pid, "Pss"),
+            )
+            for pid in ours
+        ]
+        return [memory for memory in found if memory.rss]
 
     def close(self) -> None:
-        self._spark.stop()
+        self._open.close()
 
 
 def add_rows(report: Report, figures: Figures) -> None:
@@ -161,42 +164,9 @@ def _measure_after_python(figures: Figures, name: str, settings: dict[str, str],
     figures["memory of a worker just begun, PSS", name].append(max(worker.pss for worker in workers) / _MIB)
 
 
-def _parents() -> dict[int, int]:
-    """The parent of every process that runs."""
-    parents = {}
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            # The command's name, in parentheses, may hold anything.
-            parents[int(directory.name)] = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-            continue
-    return parents
-
-
-def _ancestors(pid: int, parents: dict[int, int]) -> set[int]:
-    found = set()
-    while pid := parents.get(pid, 0):
-        found.add(pid)
-    return found
-
-
 def _is_daemon(pid: int) -> bool:
     """Also of its workers, which are forked from it and have its command line."""
-    try:
-        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return not {b"pyspark.daemon", b"tensorspark.daemon"}.isdisjoint(arguments)
-
-
-def _rollup(pid: int) -> dict[str, int]:
-    """What the kernel adds up of a process's memory, in bytes; empty where it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    except (FileNotFoundError, ProcessLookupError):
-        return {}
-    fields = (line.split() for line in lines)
-    return {name.rstrip(":"): 1024 * int(value) for name, value, *_ in fields}
+    return not {"pyspark.daemon", "tensorspark.daemon"}.isdisjoint(procfs.arguments(pid))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import faults
-from benchmarks.chaos_driver import BATCH_SIZE, MAX_ROWS, NUM_PARTITIONS, Training
-from benchmarks.cutting_proxy import Direction
-from benchmarks.faults import DEADLINE_S, Fault, Laboratory, Outcome, Scene, train_through
-from benchmarks.standalone import StandaloneCluster
+from benchmarks.chaos import faults
+from benchmarks.chaos.cutting_proxy import Direction
+from benchmarks.chaos.driver import BATCH_SIZE, MAX_ROWS, NUM_PARTITIONS, Training
+from benchmarks.chaos.faults import DEADLINE_S, Fault, Laboratory, Outcome, Scene, train_through
+from benchmarks.clusters.standalone import StandaloneCluster
 from examples import mnist_data
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from benchmarks.processes import Peer, PeerError
+from benchmarks.measuring.processes import Peer, PeerError
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession as SqlSession

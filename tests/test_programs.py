@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.standalone import BIN, REPOSITORY, StandaloneCluster, free_port
+from benchmarks import REPOSITORY
+from benchmarks.clusters.standalone import BIN, StandaloneCluster, free_port
 from tests.hadoop.cluster import HdfsCluster
 
 DEADLINE_S = 240

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.standalone import BIN, REPOSITORY
+from benchmarks import REPOSITORY
+from benchmarks.clusters.standalone import BIN
 from tests.test_programs import execute
 
 PROGRAM = """

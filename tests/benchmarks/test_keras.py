@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from benchmarks import keras, keras_digits, keras_feed, keras_memory
-from benchmarks.report import Report
+from benchmarks.keras import __main__ as program
+from benchmarks.keras import feed, measurements, memory
+from benchmarks.measuring.report import Report
+from benchmarks.workloads.digits import Digits, find
 from examples import mnist_data
 
 if TYPE_CHECKING:
@@ -19,10 +21,10 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def digits(monkeypatch: pytest.MonkeyPatch) -> keras_digits.Digits:
+def digits(monkeypatch: pytest.MonkeyPatch) -> Digits:
     """The repository's own, wherever MNIST may be."""
     monkeypatch.setenv(mnist_data.DATA_DIR_VARIABLE, str(mnist_data.DATA_DIR))
-    return keras_digits.find()
+    return find()
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def spark(sc: SparkContext) -> Spark:
     return SparkSession(sc)
 
 
-def test_digits_are_repeated_to_as_many_rows_as_mnist_has(digits: keras_digits.Digits) -> None:
+def test_digits_are_repeated_to_as_many_rows_as_mnist_has(digits: Digits) -> None:
     images, labels = digits.train()
     own_images, own_labels, _, _ = mnist_data.load(digits.files)
     num_own = len(own_images)
@@ -43,7 +45,7 @@ def test_digits_are_repeated_to_as_many_rows_as_mnist_has(digits: keras_digits.D
     np.testing.assert_array_equal(labels[-3:], [own_labels[index % num_own] for index in (59_997, 59_998, 59_999)])
 
 
-def test_the_dataframe_has_the_rows_that_the_peers_have(digits: keras_digits.Digits) -> None:
+def test_the_dataframe_has_the_rows_that_the_peers_have(digits: Digits) -> None:
     images, labels = digits.share(1, 200)
     (batch,) = digits.batches(1, 200)
 
@@ -52,26 +54,15 @@ def test_the_dataframe_has_the_rows_that_the_peers_have(digits: keras_digits.Dig
 
 
 def test_both_ways_to_count_read_every_row(spark: Spark, monkeypatch: pytest.MonkeyPatch) -> None:
-    df = keras_memory.large_partition(spark, 300 * 4 * 784).repartition(2)
+    df = memory.large_partition(spark, 300 * 4 * 784).repartition(2)
     counts: list[int] = []
-    monkeypatch.setattr(keras_feed, "_rows_per_s", lambda count: counts.append(count()))
+    monkeypatch.setattr(feed, "_rows_per_s", lambda count: counts.append(count()))
 
-    keras_feed.fed_rows_per_s(df, shuffle=True)
-    keras_feed.fed_rows_per_s(df, shuffle=False)
-    keras_feed.counted_rows_per_s(df)
+    feed.fed_rows_per_s(df, shuffle=True)
+    feed.fed_rows_per_s(df, shuffle=False)
+    feed.counted_rows_per_s(df)
 
     assert counts == [300, 300, 300]
-
-
-def test_anonymous_memory_grows_by_what_a_process_allocates() -> None:
-    num_bytes = 64 * 2**20
-    before = keras_memory.anonymous_bytes(os.getpid())
-    held = np.ones(num_bytes, np.uint8)
-    after = keras_memory.anonymous_bytes(os.getpid())
-
-    assert held[-1] == 1
-    assert num_bytes * 0.9 <= after - before <= num_bytes * 1.5
-    assert keras_memory.anonymous_bytes(2**22 + 1) == 0  # no process has this number
 
 
 def test_the_peak_is_that_of_a_worker_in_spark_and_of_no_other_process(sc: SparkContext) -> None:
@@ -85,7 +76,7 @@ def test_the_peak_is_that_of_a_worker_in_spark_and_of_no_other_process(sc: Spark
         return [os.getpid()]
 
     own = np.ones(4 * num_bytes, np.uint8)  # not a worker's
-    with keras_memory.PeakOfWorkers() as peak:
+    with memory.PeakOfWorkers() as peak:
         sc.parallelize([0], 1).mapPartitions(hold).collect()
 
     assert own[-1] == 1
@@ -93,25 +84,25 @@ def test_the_peak_is_that_of_a_worker_in_spark_and_of_no_other_process(sc: Spark
 
 
 def test_a_worker_that_trains_has_at_least_the_memory_of_an_idle_one(spark: Spark) -> None:
-    df = keras_memory.large_partition(spark, 2**20)  # small: what remains is TensorFlow's own
+    df = memory.large_partition(spark, 2**20)  # small: what remains is TensorFlow's own
 
     assert [field.simpleString() for field in df.schema] == ["image:array<float>", "label:bigint"]
     assert df.rdd.getNumPartitions() == 1
-    assert 50e6 < keras_memory.idle_bytes(spark) <= keras_memory.training_bytes(spark, df)
+    assert 50e6 < memory.idle_bytes(spark) <= memory.training_bytes(spark, df)
 
 
 def test_an_unknown_measurement_is_refused() -> None:
     with pytest.raises(SystemExit):
-        keras._parser().parse_args(["--only", "speed"])
+        program.make_parser().parse_args(["--only", "speed"])
 
-    assert keras._parser().parse_args(["--only", "feed", "memory"]).only == ["feed", "memory"]
+    assert program.make_parser().parse_args(["--only", "feed", "memory"]).only == ["feed", "memory"]
 
 
-def test_the_feed_is_reported_with_its_target(spark: Spark, digits: keras_digits.Digits) -> None:
-    df = keras_memory.large_partition(spark, 300 * 4 * 784)
+def test_the_feed_is_reported_with_its_target(spark: Spark, digits: Digits) -> None:
+    df = memory.large_partition(spark, 300 * 4 * 784)
     report = Report("test", ["numpy"])
 
-    keras._measure_feed(keras.Setting(spark, df, digits, 1, 1, report))
+    measurements.measure_feed(measurements.Setting(spark, df, digits, 1, 1, report))
 
     rows = {row.name: row for row in report.rows}
     counted, fed = "DataFrame to mapInArrow that counts", "DataFrame to trainer that counts, shuffled"

@@ -12,20 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import outer, peers, peers_course, peers_environment, peers_processes, peers_programs
-from benchmarks.peers_course import Course
-from benchmarks.peers_processes import Trained
-from benchmarks.report import Report, argument_parser
+from benchmarks import REPOSITORY, outer
+from benchmarks.measuring import procfs
+from benchmarks.measuring.report import Report
+from benchmarks.peers import contenders, environment, figures, training
+from benchmarks.peers import course as courses
+from benchmarks.peers.course import Course
+from benchmarks.peers.training import Trained
+from benchmarks.workloads.perceptron import NUM_WEIGHTS, make_sgd_model
 from examples import mnist_data
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def course(seconds_of_second_epoch: float = 5.0, moved_bytes: int = 1000) -> Course:
     """Two workers with 300 and 200 rows an epoch; the first epoch takes long."""
     samples = np.array([[300, 300, 300], [200, 200, 200]])
     seconds = np.array([[60.0, seconds_of_second_epoch, 15.0], [60.0, 6.0, 4.0]])
-    return Course(samples, seconds, np.zeros((3, peers_course.NUM_WEIGHTS), np.float32), moved_bytes)
+    return Course(samples, seconds, np.zeros((3, NUM_WEIGHTS), np.float32), moved_bytes)
 
 
 def test_a_rate_leaves_the_first_epoch_out_and_adds_workers_up() -> None:
@@ -44,8 +46,8 @@ def test_time_to_an_accuracy_is_epochs_between_their_ends_at_the_rate() -> None:
 
 
 def test_an_accuracy_that_falls_again_counts_where_it_was_reached_first() -> None:
-    assert peers_course.epochs_to([0.90, 0.95, 0.99, 0.90, 0.99], 0.97) == 2.5
-    assert peers_course.epochs_to([0.90, 0.97, 0.95], 0.97) == 2.0
+    assert courses.epochs_to([0.90, 0.95, 0.99, 0.90, 0.99], 0.97) == 2.5
+    assert courses.epochs_to([0.90, 0.97, 0.95], 0.97) == 2.0
 
 
 def test_a_course_of_one_epoch_is_refused_as_it_has_no_rate() -> None:
@@ -62,25 +64,25 @@ def test_a_course_comes_back_from_its_file(tmp_path: Path) -> None:
 
 def test_weights_are_classified_with_as_keras_would() -> None:
     images = np.random.default_rng(3).random((200, 784), np.float32)
-    model = peers_programs.sgd_model(seed=5)
+    model = make_sgd_model(seed=5)
     labels = model.predict(images, verbose=0).argmax(axis=1)
     expected_wrong = 30
     labels[:expected_wrong] = (labels[:expected_wrong] + 1) % 10
 
-    assert peers_course.accuracy(peers_course.flat(model.get_weights()), images, labels) == 170 / 200
+    assert courses.accuracy(courses.flat(model.get_weights()), images, labels) == 170 / 200
 
 
 def test_weights_of_another_model_are_refused() -> None:
     with pytest.raises(ValueError, match="expected 101770 weights of 784-128-10, got 30"):
-        peers_course.flat([np.ones((5, 4)), np.ones(10)])
+        courses.flat([np.ones((5, 4)), np.ones(10)])
 
 
 def test_epochs_are_read_from_the_ends_of_their_steps() -> None:
     marks = [11.0, 12.5, 13.0, 20.0, 21.0, 22.0]
 
-    assert peers_course.epochs_from_marks(10.0, marks, num_per_epoch=3, num_epochs=2).tolist() == [3.0, 9.0]
+    assert courses.epochs_from_marks(10.0, marks, num_per_epoch=3, num_epochs=2).tolist() == [3.0, 9.0]
     with pytest.raises(ValueError, match="expected 3 epochs of 3 steps, got 6 steps"):
-        peers_course.epochs_from_marks(10.0, marks, num_per_epoch=3, num_epochs=3)
+        courses.epochs_from_marks(10.0, marks, num_per_epoch=3, num_epochs=3)
 
 
 def test_bytes_per_sample_are_a_pull_and_a_push_for_the_rows_between_them() -> None:
@@ -114,7 +116,7 @@ def test_an_interval_counts_as_saving_in_the_report_by_its_mean_over_seeds() -> 
 
 
 def test_what_falls_short_of_the_peers_is_told() -> None:
-    rounds = peers.Rounds((np.zeros((4, 784), np.float32), np.array([0, 0, 0, 1])))
+    rounds = figures.Rounds((np.zeros((4, 784), np.float32), np.array([0, 0, 0, 1])))
     for index in range(3):  # the second rounds of both are slow, and cancel out
         slow = 10.0 if index == 1 else 5.0
         rounds.add("ours-async-16", Trained(course(5.0 + 15.0 * (index == 1)), 2_000_000))
@@ -122,10 +124,10 @@ def test_what_falls_short_of_the_peers_is_told() -> None:
         rounds.add("fit-1", Trained(course(slow), 1_000_000))
     report = Report("test", ["numpy"])
 
-    peers.add_rows(report, rounds)
+    figures.add_rows(report, rounds)
 
     rows = {row.name: row for row in report.rows}
-    ours, theirs, fit = (peers.CONTENDERS[n].text for n in ("ours-async-16", "elephas-http-epoch", "fit-1"))
+    ours, theirs, fit = (contenders.CONTENDERS[n].text for n in ("ours-async-16", "elephas-http-epoch", "fit-1"))
     assert rows[f"{ours}: peak memory"].value == 2.0
     assert rows[f"{ours}: final test accuracy"].value == 75.0  # all-zero weights say 0
     ratio = rows[f"{ours} / {theirs}, samples/s"]
@@ -136,7 +138,7 @@ def test_what_falls_short_of_the_peers_is_told() -> None:
 
 
 def test_an_interrupted_measurement_keeps_whole_rounds_only() -> None:
-    rounds = peers.Rounds((np.zeros((1, 784), np.float32), np.array([0])))
+    rounds = figures.Rounds((np.zeros((1, 784), np.float32), np.array([0])))
     for seconds in (1.0, 2.0, 3.0):
         rounds.add("fit-1", Trained(course(seconds), 1))
     for seconds in (4.0, 5.0):
@@ -151,8 +153,8 @@ def test_an_interrupted_measurement_keeps_whole_rounds_only() -> None:
 
 def test_97_percent_that_only_fit_reaches_is_a_missed_target() -> None:
     images = np.zeros((2, 784), np.float32)
-    rounds = peers.Rounds((images, np.array([1, 1])))
-    knowing = np.zeros(peers_course.NUM_WEIGHTS, np.float32)
+    rounds = figures.Rounds((images, np.array([1, 1])))
+    knowing = np.zeros(NUM_WEIGHTS, np.float32)
     knowing[-9] = 1.0  # the second class's bias
     good = course()
     good.weights[1:] = knowing
@@ -160,19 +162,12 @@ def test_97_percent_that_only_fit_reaches_is_a_missed_target() -> None:
     rounds.add("ours-0-16", Trained(course(), 1))
     report = Report("test", ["numpy"])
 
-    peers.add_rows(report, rounds)
+    figures.add_rows(report, rounds)
 
     rows = {row.name: row for row in report.rows}
-    missed = rows[f"{peers.CONTENDERS['ours-0-16'].text}, share of rounds that reach 97 %"]
+    missed = rows[f"{contenders.CONTENDERS['ours-0-16'].text}, share of rounds that reach 97 %"]
     assert (missed.value, missed.met) == (0.0, False)
-    assert rows[f"{peers.CONTENDERS['fit-1'].text}: to 97 %"].value == pytest.approx(1.97 * 500 / 70)
-
-
-def test_memory_that_processes_share_is_shared_out() -> None:
-    text = "Rss:  900 kB\nPss:  600 kB\nPss_Dirty: 1 kB\nPss_Anon:  512 kB\nPss_File: 88 kB\n"
-
-    assert peers_processes.shared_out_bytes(text) == 512 * 1024
-    assert peers_processes.shared_out_bytes("") == 0
+    assert rows[f"{contenders.CONTENDERS['fit-1'].text}: to 97 %"].value == pytest.approx(1.97 * 500 / 70)
 
 
 def test_memory_is_that_of_a_process_and_its_descendants() -> None:
@@ -185,8 +180,8 @@ def test_memory_is_that_of_a_process_and_its_descendants() -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == f"{num_bytes}\n"
-        members = peers_processes.family(process.pid)
-        measured = peers_processes.memory_bytes(process.pid)
+        members = procfs.family(process.pid)
+        measured = training.memory_bytes(process.pid)
         process.stdin.write("\n")
 
     assert members[0] == process.pid
@@ -195,66 +190,41 @@ def test_memory_is_that_of_a_process_and_its_descendants() -> None:
 
 
 def test_a_program_that_fails_is_told_with_the_end_of_its_output() -> None:
-    with pytest.raises(peers_processes.TrainingFailedError, match=r"(?s)exit code 2.*invalid int value: 'wide'"):
-        peers_processes.train("json.tool", ["--indent", "wide"], deadline_s=60)
+    with pytest.raises(training.TrainingFailedError, match=r"(?s)exit code 2.*invalid int value: 'wide'"):
+        training.train("json.tool", ["--indent", "wide"], deadline_s=60)
 
 
 def test_a_program_that_is_not_over_in_time_is_ended() -> None:
     arguments = ["fit", "--epochs", "1000", "--batch-size", "1", "--seed", "1"]
     began = time.monotonic()
 
-    with pytest.raises(peers_processes.TrainingFailedError, match=r"--epochs 1000 .*: not over after 0\.5 s"):
-        peers_processes.train("benchmarks.peers_programs", arguments, deadline_s=0.5)
+    with pytest.raises(training.TrainingFailedError, match=r"--epochs 1000 .*: not over after 0\.5 s"):
+        training.train("benchmarks.peers.programs", arguments, deadline_s=0.5)
 
     assert time.monotonic() - began < 60
 
 
 def test_an_elephas_that_pip_cannot_install_is_told_clearly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers_environment, "requirements", lambda: ("elephas==0.0.7",))
+    monkeypatch.setattr(environment, "requirements", lambda: ("elephas==0.0.7",))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
 
-    with pytest.raises(
-        peers_environment.EnvironmentFailedError, match=r"(?s)elephas==0\.0\.7 failed.*--only.*No match"
-    ):
-        peers_environment.elephas_python(tmp_path / "environment", "elephas==0.0.7")
+    with pytest.raises(environment.EnvironmentFailedError, match=r"(?s)elephas==0\.0\.7 failed.*--only.*No match"):
+        environment.elephas_python(tmp_path / "environment", "elephas==0.0.7")
 
 
 def test_a_directory_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
 
-    with pytest.raises(peers_environment.EnvironmentFailedError, match="no virtual environment"):
-        peers_environment.elephas_python(tmp_path)
+    with pytest.raises(environment.EnvironmentFailedError, match="no virtual environment"):
+        environment.elephas_python(tmp_path)
 
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 def test_every_contender_that_is_compared_is_there() -> None:
-    assert {name for ours, theirs, _ in peers._RATES for name in (ours, theirs)} <= peers.CONTENDERS.keys()
-    assert {*peers._QUICK} <= peers.CONTENDERS.keys()
-
-
-def test_an_output_directory_gets_the_figures_and_a_plot(tmp_path: Path) -> None:
-    report = Report("demo", ["numpy"])
-    report.add("rate", 70_000.0, "samples/s")
-    report.add("slow rate", 7.0, "samples/s")
-    report.add("ratio", 2.0, "x", at_least=3.0)
-
-    assert report.conclude(None, tmp_path / "new" / "directory", "demo") == 1
-
-    written = tmp_path / "new" / "directory"
-    assert [row["met"] for row in json.loads((written / "demo.json").read_text())["rows"]] == [True, True, False]
-    assert (written / "demo.png").read_bytes().startswith(b"\x89PNG\r\n")
-
-
-def test_a_missing_matplotlib_is_told_before_anything_is_measured(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit):
-        argument_parser("demo").parse_args(["--out", "plots"])
-
-    assert "plots need matplotlib, which is not installed: pip install tensorspark[plot]" in capsys.readouterr().err
+    assert {name for ours, theirs, _ in contenders.RATES for name in (ours, theirs)} <= contenders.CONTENDERS.keys()
+    assert {*contenders.QUICK} <= contenders.CONTENDERS.keys()
 
 
 @pytest.mark.slow

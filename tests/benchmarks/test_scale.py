@@ -12,15 +12,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks import scale_calibration, scale_check, scale_planning, scale_plots
-from benchmarks.scale_engine import Clock, Cores, Link, Thread, Transfer
-from benchmarks.scale_model import Cluster, Codec, Costs, Outcome, Plan, Steps, at_size
-from benchmarks.scale_server import Buffers, Gate
-from benchmarks.scale_simulation import simulate
+from benchmarks import REPOSITORY
+from benchmarks.scale import calibration, check, planning, plots
+from benchmarks.scale.engine import Clock, Cores, Link, Thread, Transfer
+from benchmarks.scale.model import Cluster, Codec, Costs, Outcome, Plan, Steps, at_size
+from benchmarks.scale.server import Buffers, Gate
+from benchmarks.scale.simulation import simulate
 from tensorspark.ps.sync import Gate as RealGate
 from tensorspark.ps.sync import SyncPlan
-
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 FREE = Costs(*([[(0.0, 0.0)]] * 5))
 
@@ -326,15 +325,15 @@ def test_steps_have_the_mean_and_the_spread_that_they_are_to_have() -> None:
 # What is made of it
 
 
-def setting(**cluster: float) -> scale_planning.Setting:
+def setting(**cluster: float) -> planning.Setting:
     costs = Costs(*([[(0.0, 1e-5), (1e6, 1e-4)]] * 5))
     codecs = {spec: Codec(spec, ratio) for spec, ratio in (("bfloat16", 0.5), ("int8", 0.25), ("topk:0.01", 0.02))}
-    return scale_planning.Setting(costs, Cluster(**cluster), Steps(1.0, 0.1), codecs, (2, 20))  # type: ignore[arg-type]
+    return planning.Setting(costs, Cluster(**cluster), Steps(1.0, 0.1), codecs, (2, 20))  # type: ignore[arg-type]
 
 
 def test_a_server_saturates_where_its_link_is_full() -> None:
-    free = scale_planning.Setting(FREE, Cluster(link_bytes_per_s=1e8), Steps(0.9), {}, (2,))
-    found = scale_planning.saturation(free, free.plan(1, 5.0, 1, None))
+    free = planning.Setting(FREE, Cluster(link_bytes_per_s=1e8), Steps(0.9), {}, (2,))
+    found = planning.saturation(free, free.plan(1, 5.0, 1, None))
 
     # 0.9 s of steps, 0.05 s each to push and to pull: twenty rounds fit into the time of one.
     assert found == pytest.approx((0.9 + 0.1) / 0.05, rel=0.05)
@@ -343,21 +342,19 @@ def test_a_server_saturates_where_its_link_is_full() -> None:
 def test_longer_intervals_and_every_option_move_the_saturation_on() -> None:
     planned = setting()
     base = planned.plan(1, 100.0, 1, None)
-    one = scale_planning.saturation(planned, base)
-    options = {
-        name: scale_planning.saturation(planned, plan) for name, plan in scale_planning.options(planned, base).items()
-    }
+    one = planning.saturation(planned, base)
+    options = {name: planning.saturation(planned, plan) for name, plan in planning.options(planned, base).items()}
 
     assert options.pop("one server") == one
     assert len(options) == 7
     assert all(found > 0.95 * one for found in options.values())
     assert options["8 shards, own machines"] > 4 * one
     assert options["int8 both ways"] > options["bfloat16 both ways"] > 1.5 * one
-    assert scale_planning.saturation(planned, planned.plan(1, 100.0, 16, None)) == pytest.approx(16 * one, rel=0.2)
+    assert planning.saturation(planned, planned.plan(1, 100.0, 16, None)) == pytest.approx(16 * one, rel=0.2)
 
 
 def test_idleness_falls_with_staleness_as_li_et_al_have_it() -> None:
-    shares = scale_planning.idle_by_staleness(setting())
+    shares = planning.idle_by_staleness(setting())
     values = list(shares.values())
 
     assert 0.3 < shares[0] < 0.7
@@ -368,7 +365,7 @@ def test_idleness_falls_with_staleness_as_li_et_al_have_it() -> None:
 def test_at_a_barrier_the_slowest_is_waited_for() -> None:
     steps = Steps(1.0, 0.0, slow_share=0.05, slow_factor=3.0)
     plan = Plan(20, 1000, steps, staleness=0, num_rounds=400)
-    expected = scale_planning.idle_of_a_barrier(20, 0.05, 3.0)
+    expected = planning.idle_of_a_barrier(20, 0.05, 3.0)
 
     assert simulate(plan, FREE, cluster_of()).idle_share == pytest.approx(expected, abs=0.02)
 
@@ -377,29 +374,29 @@ def test_plots_are_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     outcome = Outcome(1, 1.0, 2.0, 2.0, 0.1)
     paths = [
-        scale_plots.plot_idle_by_staleness(tmp_path / "new", {0: 0.5, 16: 0.01}),
-        scale_plots.plot_rates(tmp_path, "test", {"staleness 0": {2: outcome, 10: outcome}}),
+        plots.plot_idle_by_staleness(tmp_path / "new", {0: 0.5, 16: 0.01}),
+        plots.plot_rates(tmp_path, "test", {"staleness 0": {2: outcome, 10: outcome}}),
     ]
 
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
 
 def test_a_connection_takes_in_more_than_one_part_of_a_message() -> None:
-    assert 2**17 <= scale_calibration._window_bytes() < 2**28
+    assert 2**17 <= calibration._window_bytes() < 2**28
 
 
 def test_decisions_are_timed_on_the_servers_own_state() -> None:
-    assert 0 < scale_calibration._seconds_a_push(8) < 0.1
+    assert 0 < calibration._seconds_a_push(8) < 0.1
 
 
-@pytest.mark.parametrize("case", scale_check.CASES, ids=str)
-def test_every_case_of_the_check_can_be_predicted(case: scale_check.Case) -> None:
+@pytest.mark.parametrize("case", check.CASES, ids=str)
+def test_every_case_of_the_check_can_be_predicted(case: check.Case) -> None:
     costs = Costs(*([[(0.0, 1e-4), (1e6, 1e-3)]] * 5))
-    outcome = scale_check.predict(case, costs, scale_check.this_machine(2**22), num_rounds=6)
+    outcome = check.predict(case, costs, check.this_machine(2**22), num_rounds=6)
 
     assert outcome.num_pushes == 6 * case.num_workers
     assert 0 < outcome.idle_share < 1
-    assert scale_check.rounds_for(case) >= 8
+    assert check.rounds_for(case) >= 8
 
 
 @pytest.mark.slow

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import wire, wire_clients, wire_codecs, wire_memory, wire_shards
-from benchmarks.parameter_server import Client, Server, Traffic
-from benchmarks.report import Report
+from benchmarks import REPOSITORY
+from benchmarks.measuring.report import Report
+from benchmarks.wire import __main__ as wire
+from benchmarks.wire import clients as wire_clients
+from benchmarks.wire import codecs, memory, shards
+from benchmarks.wire.parameter_server import Client, Server, Traffic
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 NOW = 0.0
 NUM_BYTES = 2**20
 
@@ -151,7 +153,7 @@ def test_few_transfers_are_as_slow_as_the_99th_percentile() -> None:
 
 def test_codecs_are_measured_alone_and_top_k_without_a_target() -> None:
     report = Report("test", packages=[])
-    wire_codecs.measure_alone(report, 1.0, ["float16", "topk:0.01"], num_rounds=1)
+    codecs.measure_alone(report, 1.0, ["float16", "topk:0.01"], num_rounds=1)
     values = values_of(report)
     assert values["float16, bytes"] == pytest.approx(0.5, abs=0.001)
     assert values["topk:0.01, bytes"] == pytest.approx(0.015, abs=0.001)
@@ -165,7 +167,7 @@ def test_codecs_are_measured_alone_and_top_k_without_a_target() -> None:
 
 def test_codecs_are_measured_end_to_end_and_top_k_is_not_pulled() -> None:
     report = Report("test", packages=[])
-    wire_codecs.measure_together(report, 1.0, ["topk:0.01", "rows"], count=2, num_rounds=1)
+    codecs.measure_together(report, 1.0, ["topk:0.01", "rows"], count=2, num_rounds=1)
     values = values_of(report)
     shares = {name: value for name, value in values.items() if name.endswith("on the wire")}
     assert shares == pytest.approx(
@@ -182,7 +184,7 @@ def test_codecs_are_measured_end_to_end_and_top_k_is_not_pulled() -> None:
 
 def test_shards_are_compared_with_one_server() -> None:
     report = Report("test", packages=[])
-    wire_shards.measure_size(report, 0.1, {1: 2}, num_rounds=1)
+    shards.measure_size(report, 0.1, {1: 2}, num_rounds=1)
     assert [row.name for row in report.rows if row.unit == "x"] == [
         "pull 0.1 MB, 1 client, 2 shards / 1",
         "push 0.1 MB, 1 client, 2 shards / 1",
@@ -191,8 +193,8 @@ def test_shards_are_compared_with_one_server() -> None:
 
 def test_a_workers_buffers_are_counted() -> None:
     report = Report("test", packages=[])
-    cases = [wire_memory.WorkerCase(), wire_memory.WorkerCase(overlap=True)]
-    wire_memory.measure_workers(report, 20.0, cases, num_turns=3)
+    cases = [memory.WorkerCase(), memory.WorkerCase(overlap=True)]
+    memory.measure_workers(report, 20.0, cases, num_turns=3)
     values = values_of(report)
     # What is pulled and what is pushed; and while steps go on, what they began from.
     assert values["worker's peak, 20 MB, raw"] == pytest.approx(2, abs=0.4)
@@ -201,7 +203,7 @@ def test_a_workers_buffers_are_counted() -> None:
 
 def test_a_servers_memory_is_held_against_the_pool() -> None:
     report = Report("test", packages=[])
-    wire_memory.measure_servers(report, 20.0, [wire_memory.ServerCase(1)], num_turns=3)
+    memory.measure_servers(report, 20.0, [memory.ServerCase(1)], num_turns=3)
     pool, peak = report.rows
     assert pool.value == pytest.approx(2**28 / 20e6, rel=0.001)
     assert peak.target == pytest.approx(3 + pool.value)

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tornado.iostream import IOStream
 
-from benchmarks.attackers import HonestWorker
-from benchmarks.fuzz import Outcome, fuzz_parser, fuzz_server
-from benchmarks.mutations import Mutator, record, split, with_fields, with_header
-from benchmarks.victims import EPOCHS, LAYOUT, initial_weights, parse
+from benchmarks.fuzz.attackers import HonestWorker
+from benchmarks.fuzz.campaigns import Outcome, fuzz_parser, fuzz_server
+from benchmarks.fuzz.mutations import Mutator, record, split, with_fields, with_header
+from benchmarks.fuzz.victims import EPOCHS, LAYOUT, initial_weights, parse
 from tensorspark.errors import ProtocolError
 from tensorspark.ps import protocol
 from tensorspark.ps.buffers import BufferPool

@@ -1,0 +1,1 @@
+"""Whether training survives what happens to its processes: ``python -m benchmarks.chaos``."""

@@ -1,0 +1,1 @@
+"""Spark on this machine, for benchmarks and tests that need one of their own."""

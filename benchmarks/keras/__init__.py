@@ -1,0 +1,1 @@
+"""How fast Keras trains and predicts on a DataFrame, next to Keras alone: ``python -m benchmarks.keras``."""

@@ -1,0 +1,1 @@
+"""tensorspark next to elephas and to plain `model.fit`: ``python -m benchmarks.peers``."""

@@ -1,0 +1,1 @@
+"""How far training scales, measured here and simulated beyond: ``python -m benchmarks.scale``."""

@@ -1,0 +1,1 @@
+"""How fast weights travel between workers and server, and what it takes: ``python -m benchmarks.wire``."""

@@ -1,0 +1,1 @@
+"""What several benchmarks train or send: rows, a model, weights."""
