@@ -1,6 +1,8 @@
 # `make help` lists what can be made.
 
 PYTHON ?= python3
+# Test files at a time: most of a test's time is one core's, starting Spark and TensorFlow.
+JOBS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.complete
 # Starts the environment's Python with a Java for Spark.
@@ -44,8 +46,8 @@ $(STAMP): requirements-dev.txt setup.cfg pyproject.toml
 mnist: $(STAMP)  ## train softmax regression on MNIST with two Spark workers; ARGS= for its options
 	@$(RUN) -m examples.spark_mnist $(ARGS)
 
-test: $(STAMP)  ## run the tests; ARGS='-k name' and the like for pytest
-	@$(RUN) -m pytest $(ARGS)
+test: $(STAMP)  ## run the tests, the files of JOBS=2 at a time; ARGS='-k name' and the like for pytest
+	@$(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 check: $(STAMP)  ## lint, formatting and types
 	@$(VENV)/bin/python -m ruff check .

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tensorspark.ps.client import ParameterClient
 from tensorspark.ps.messages import Order, OrderKind, Push
 from tensorspark.shards.client import ShardedClient
 from tensorspark.steps import Steps
 from tensorspark.trainers.base import Trainer
-from tensorspark.weights.blocks import add_scaled
+from tensorspark.weights.blocks import blocks
+from tensorspark.weights.codecs.base import Scratch
 from tensorspark.weights.elastic import elastic_difference
 from tensorspark.weights.layout import Buffer, WeightLayout
 
@@ -22,18 +25,33 @@ Client = ParameterClient | ShardedClient
 """A worker's conversation with the server, or with all of its shards."""
 
 
+@runtime_checkable
+class BlockReader(Protocol):
+    """A trainer that can give its weights piece by piece, so that they need not be held a second time."""
+
+    def read_blocks(self, wanted: Sequence[slice]) -> Iterator[Buffer]:
+        """The bytes of these parts of the layout's buffer, one after the other; each stays until the next is asked for.
+
+        Nothing else is asked of the trainer meanwhile. Gaps are zero.
+        """
+
+
 class Exchange:
     """Trains on from what is pulled, and pushes what came of it.
+
+    Args:
+        accumulates: whether a push leaves in its buffer what a lossy codec left out: what is pushed is added to that.
 
     Attributes:
         sync_s: time spent in it, during which no step was made.
         hidden_s: time that pushes, pulls and waiting took while steps were made.
     """
 
-    def __init__(self, client: Client, trainer: Trainer, sequence: int) -> None:
+    def __init__(self, client: Client, trainer: Trainer, sequence: int, *, accumulates: bool = False) -> None:
         self._client = client
         self._trainer = trainer
         self._sequence = sequence
+        self._accumulates = accumulates
         self._order: Order | None = None
         self._pulled = trainer.layout.allocate()
         self._local = trainer.layout.allocate()
@@ -53,7 +71,6 @@ class Exchange:
     def after(self, steps: Steps) -> None:
         """After an interval's steps."""
         began = time.perf_counter()
-        self._trainer.read(self._local)
         self._push(self._outgoing(), steps)
         self.sync_s += time.perf_counter() - began
 
@@ -64,6 +81,11 @@ class Exchange:
 
     def _outgoing(self) -> Buffer:
         """What is pushed; it stays as it is until the next pull."""
+        if self._accumulates:
+            for new, block in self._weights():
+                _add(new, block, self._local)
+        else:
+            self._trainer.read(self._local)
         return self._local
 
     def end(self) -> None:
@@ -71,6 +93,18 @@ class Exchange:
 
     def close(self) -> None:
         """Gives up what is under way; called also when the worker has failed."""
+
+    def _weights(self) -> Iterator[tuple[NDArray[Any], slice]]:
+        """The trainer's weights in blocks of one dtype, and where each lies in a buffer."""
+        parts = list(blocks(self._trainer.layout))
+        if isinstance(self._trainer, BlockReader):
+            pieces = self._trainer.read_blocks([block for _, block in parts])
+        else:
+            whole = self._trainer.layout.allocate()
+            self._trainer.read(whole)
+            pieces = (whole[block] for _, block in parts)
+        for (dtype, block), piece in zip(parts, pieces, strict=True):
+            yield piece.view(dtype), block
 
     def _pull(self) -> Order:
         self._order = self._client.pull(self._pulled, self._holds)
@@ -94,7 +128,13 @@ class _DeltaExchange(Exchange):
     """Pushes how the steps changed what was pulled."""
 
     def _outgoing(self) -> Buffer:
-        subtract(self._trainer.layout, self._local, self._pulled)
+        if not self._accumulates:
+            super()._outgoing()
+            subtract(self._trainer.layout, self._local, self._pulled)
+            return self._local
+        scratch = Scratch()
+        for new, block in self._weights():
+            _add(_change(new, block, self._pulled, scratch), block, self._local)
         return self._local
 
 
@@ -136,6 +176,7 @@ class _ElasticExchange(Exchange):
         self._guide(order)
 
     def _outgoing(self) -> Buffer:
+        super()._outgoing()
         self._pull()
         elastic_difference(self._trainer.layout, self._local, self._pulled, self._moving_rate, self._difference)
         self._trainer.load(self._local)
@@ -155,12 +196,21 @@ class _OverlappedExchange(Exchange):
     """
 
     def __init__(
-        self, client: Client, trainer: Trainer, sequence: int, *, pushes_delta: bool, has_epochs: bool
+        self,
+        client: Client,
+        trainer: Trainer,
+        sequence: int,
+        *,
+        pushes_delta: bool,
+        has_epochs: bool,
+        accumulates: bool = False,
     ) -> None:
-        super().__init__(client, trainer, sequence)
+        super().__init__(client, trainer, sequence, accumulates=accumulates)
         self._pushes_delta = pushes_delta
         self._has_epochs = has_epochs
-        self._base = trainer.layout.allocate()  # what the interval's steps began from
+        self._base = self._local  # what the interval's steps began from
+        if accumulates:
+            self._local = trainer.layout.allocate()
         self._base_version = 0  # the newest whose changes by others are in it
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tensorspark-exchange")
         self._flight: Future[tuple[Order, float]] | None = None
@@ -186,17 +236,16 @@ class _OverlappedExchange(Exchange):
         assert order is not None
         if order.kind is OrderKind.TRAIN:  # else the run ends, and the interval with it
             version = self._base_version
-            self._trainer.read(self._local)
-            subtract(self._trainer.layout, self._local, self._base)
+            outgoing = self._advance(has_landed)
             if has_landed:
-                self._fold_in(order)
-            else:
-                self._trainer.read(self._base)
+                self._trainer.load(self._base)
+                self._guide(order)
+                self._base_version = order.version
             self._must_land = self._has_epochs and steps.has_ended_epoch
+            is_last = not self._has_epochs and steps.has_ended_training
             self._sequence += 1
-            if not self._pushes_delta:
-                self._local[:] = self._base
-            self._flight = self._thread.submit(self._fly, steps.as_push(self._sequence, version))
+            push = steps.as_push(self._sequence, version)
+            self._flight = self._thread.submit(self._fly, outgoing, push, order if is_last else None)
         self.sync_s += time.perf_counter() - began
 
     def end(self) -> None:
@@ -211,22 +260,41 @@ class _OverlappedExchange(Exchange):
     def _begin_from_pulled(self, order: Order) -> None:
         self._load(order)
         if order.kind is OrderKind.TRAIN:
-            self._swap(order)
+            self._base, self._pulled = self._pulled, self._base
+            self._base_version, self._holds = order.version, None
 
-    def _fold_in(self, order: Order) -> None:
-        """Has the trainer go on from what was pulled and what it has changed since the push."""
-        add_scaled(self._trainer.layout, self._local, self._pulled, 1.0)
-        self._load(order)
-        self._swap(order)
+    def _advance(self, has_landed: bool) -> Buffer:
+        """Has `base` be what the next steps begin from: the weights or, with what has been pulled, that and the steps'
+        change.
 
-    def _swap(self, order: Order) -> None:
-        self._base, self._pulled = self._pulled, self._base
-        self._base_version, self._holds = order.version, None
+        Returns:
+            What is to be pushed. Where changes are, it is the buffer that the next pull is received into: no byte of
+            that comes before the push is accepted.
+        """
+        scratch = Scratch()
+        for new, block in self._weights():
+            base, pulled = self._base[block].view(new.dtype), self._pulled[block].view(new.dtype)
+            change = _change(new, block, self._base, scratch)
+            if has_landed:
+                with np.errstate(invalid="ignore", over="ignore"):
+                    np.add(change, pulled, out=base)
+            else:
+                np.copyto(base, new)
+            if self._accumulates:
+                _add(change if self._pushes_delta else base, block, self._local)
+            elif self._pushes_delta:
+                np.copyto(pulled, change)
+        self._holds = None
+        if self._accumulates:
+            return self._local
+        return self._pulled if self._pushes_delta else self._base
 
-    def _fly(self, push: Push) -> tuple[Order, float]:
+    def _fly(self, outgoing: Buffer, push: Push, last: Order | None) -> tuple[Order, float]:
+        """Pushes and pulls; after the last push of all, whose order is `last`, nobody wants what would be pulled."""
         began = time.perf_counter()
-        self._client.push(self._local, push)
-        return self._client.pull(self._pulled), time.perf_counter() - began
+        self._client.push(outgoing, push)
+        order = last or self._client.pull(self._pulled)
+        return order, time.perf_counter() - began
 
     def _land(self) -> Order:
         assert self._flight is not None
@@ -247,6 +315,7 @@ def exchange_for(
     *,
     has_epochs: bool,
     overlap: bool = False,
+    accumulates: bool = False,
 ) -> Exchange:
     """How a run's combiner wants it.
 
@@ -255,12 +324,16 @@ def exchange_for(
         moving_rate: of elastic averaging.
         has_epochs: whether workers wait for each other at the end of an epoch.
         overlap: whether steps go on while a push and a pull are under way; not in elastic averaging.
+        accumulates: whether the client leaves in what it pushes what a lossy codec lost (`Compression.leaves_error`);
+            not in elastic averaging.
     """
     if pushes == "elastic":
         return _ElasticExchange(client, trainer, sequence, moving_rate, has_epochs)
     if overlap:
-        return _OverlappedExchange(client, trainer, sequence, pushes_delta=pushes == "delta", has_epochs=has_epochs)
-    return (_DeltaExchange if pushes == "delta" else Exchange)(client, trainer, sequence)
+        return _OverlappedExchange(
+            client, trainer, sequence, pushes_delta=pushes == "delta", has_epochs=has_epochs, accumulates=accumulates
+        )
+    return (_DeltaExchange if pushes == "delta" else Exchange)(client, trainer, sequence, accumulates=accumulates)
 
 
 def subtract(layout: WeightLayout, new: Buffer, base: Buffer) -> None:
@@ -269,3 +342,18 @@ def subtract(layout: WeightLayout, new: Buffer, base: Buffer) -> None:
         for segment in layout.segments:
             values = segment.of(new)
             np.subtract(values, segment.of(base), out=values)
+
+
+def _change(new: NDArray[Any], block: slice, base: Buffer, scratch: Scratch) -> NDArray[Any]:
+    """new - base, in memory that the next call takes."""
+    change = scratch.array("change", new.dtype, len(new))
+    with np.errstate(invalid="ignore", over="ignore"):
+        np.subtract(new, base[block].view(new.dtype), out=change)
+    return change
+
+
+def _add(values: NDArray[Any], block: slice, total: Buffer) -> None:
+    """Adds to a block of `total`, in place."""
+    result = total[block].view(values.dtype)
+    with np.errstate(invalid="ignore", over="ignore"):
+        np.add(values, result, out=result)

@@ -55,6 +55,11 @@ class Steps:
     def has_ended_epoch(self) -> bool:
         return self._last is not None and self._last.is_last_of_epoch
 
+    @property
+    def has_ended_training(self) -> bool:
+        """Whether none of the partition's steps is left."""
+        return self.has_ended_epoch and self._last is not None and self._last.epoch + 1 == self._num_epochs
+
     def as_push(self, sequence: int, version: int) -> Push:
         last = self._last
         assert last is not None

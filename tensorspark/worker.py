@@ -11,7 +11,7 @@ import contextlib
 import socket
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensorspark.data.decoders import Decoder
@@ -67,6 +67,11 @@ class WorkerJob:
     compression: Compression = NO_COMPRESSION
     shards: tuple[ShardPlace, ...] = ()
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether what a lossy codec leaves out of a push stays in the buffer that the next change is added to."""
+        return self.compression.is_push_lossy and self.pushes != "elastic"
+
 
 def run_partition(job: WorkerJob, partition: int, attempt: int, rows: Iterable[Any]) -> None:
     """Trains one partition to its end.
@@ -98,9 +103,10 @@ def run_partition(job: WorkerJob, partition: int, attempt: int, rows: Iterable[A
 
 
 def _client(job: WorkerJob) -> ParameterClient | ShardedClient:
+    compression = replace(job.compression, leaves_error=job.accumulates)
     if job.shards:
-        return ShardedClient(job.shards, job.compression)
-    return ParameterClient(job.address, job.spec.layout, job.compression)
+        return ShardedClient(job.shards, compression)
+    return ParameterClient(job.address, job.spec.layout, compression)
 
 
 def _train(job: WorkerJob, partition: int, rows: Iterator[Any], client: Client, granted: Granted) -> bool:
@@ -129,6 +135,7 @@ def _train(job: WorkerJob, partition: int, rows: Iterator[Any], client: Client, 
             granted.sequence,
             has_epochs=job.has_epochs,
             overlap=job.overlap,
+            accumulates=job.accumulates,
         )
         with contextlib.closing(exchange):
             loop = _Loop(job, client, trainer, feed, exchange)

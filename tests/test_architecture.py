@@ -47,7 +47,7 @@ HOMES: dict[str, set[str]] = {
     "keras": {"trainers"},
     "pyspark": {"session", "driver", "ml", "data.tfrecord", "cli", "daemon", "trainers.keras_objects"},
     # What a shard's process reads from its parent, or Spark hands to its task; nothing that comes over a network.
-    "pickle": {"core.partitioner", "shards.host", "shards.processes", "shards.server"},
+    "pickle": {"core.partitioner", "shards.host", "shards.processes"},
     "cloudpickle": set(),
     "dill": set(),
     "marshal": set(),

@@ -238,6 +238,40 @@ def test_without_a_server_all_else_is_checked(check: Callable[..., list[CheckRes
     assert named(results, "temporary directory on executors").status is Status.OK
 
 
+# Shards
+
+
+def test_shards_that_executors_reach_are_named(check: Callable[..., list[CheckResult]], address: ServerAddress) -> None:
+    layout = WeightLayout([TensorSpec("w", (2,), "float32")])
+    with ParameterServer(layout, "127.0.0.1") as other:
+        other.begin_run(layout.allocate(), MeanWeightCombiner(1), 1)
+        shard = ServerAddress("127.0.0.1", other.port, other.token)
+        result = named(check(shards=[shard, shard]), "shards reachable")
+    assert (result.status, result.detail) == (Status.OK, f"executors reach {shard}, {shard}")
+
+
+@pytest.mark.parametrize("num_reachable", [0, 1])
+def test_a_shard_that_executors_cannot_reach_is_named_with_its_place_and_what_to_change(
+    check: Callable[..., list[CheckResult]], address: ServerAddress, num_reachable: int
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        closed = ServerAddress("127.0.0.1", listener.getsockname()[1], "t")
+    results = check(shards=[address] * num_reachable + [closed, address])
+    assert named(results, "driver reachable").status is Status.OK
+    text = failure(results, "shards reachable", ServerUnreachableError)
+    expected = rf"host {HOST} cannot reach shard {num_reachable + 1} at {closed} \(.*refused.*open the ports of 127\.0"
+    assert re.search(expected, text)
+    assert "spark.tensorspark.server.host" in text
+
+
+def test_a_shard_that_cannot_be_reached_stops_a_run_before_it_starts(
+    sc: SparkContext, address: ServerAddress, tmp_path: Path
+) -> None:
+    stranger = ServerAddress(address.host, address.port, "another run's token")
+    with pytest.raises(AuthenticationError, match="cannot reach shard 1 at"):
+        require_ready(sc, address, hdfs_dir=None, tmp_dir=str(tmp_path), run_id="test", shards=[stranger])
+
+
 # What executors have
 
 

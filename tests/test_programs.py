@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +12,8 @@ import pytest
 from benchmarks import REPOSITORY
 from benchmarks.clusters.standalone import BIN, StandaloneCluster, free_port
 from tests.hadoop.cluster import HdfsCluster
+from tests.programs import environment, execute
 
-DEADLINE_S = 240
 # The embedded digits reach 0.9 with a few steps; chance is 0.1. A learning rate of 0.5 leaves that to the order of the
 # rows, from 0.80 to 0.97, so that what is trained at it here has a seed.
 LEARNED = 0.85
@@ -41,36 +38,6 @@ def readme_program() -> str:
         assert program.count(old) == 1
         program = program.replace(old, new)
     return program
-
-
-def environment(**more: str) -> dict[str, str]:
-    # Without PYTHONPATH, executors have of this repository what is installed: the package, not examples or tests.
-    kept = {name: value for name, value in os.environ.items() if name not in ("SPARK_HOME", "PYTHONPATH")}
-    digits = str(REPOSITORY / "MNIST_data")
-    return {**kept, "MNIST_DATA_DIR": digits, "SPARK_LOCAL_IP": "127.0.0.1", "TF_CPP_MIN_LOG_LEVEL": "3", **more}
-
-
-def execute(command: list[str], stdin: str | None = None, check: bool = True, **env: str) -> str:
-    """Runs a command from the repository's root and returns what it printed; its process group ends with it."""
-    process = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=environment(**env),
-        stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(stdin, timeout=DEADLINE_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"not done after {DEADLINE_S} s:\n{output}")
-    if check:
-        assert process.returncode == 0, output
-    return output
 
 
 def last_accuracy(output: str) -> float:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import REPOSITORY
 from benchmarks.clusters.standalone import BIN
-from tests.test_programs import execute
+from tests.programs import execute
 
 PROGRAM = """
 import contextlib, os, signal, sys, threading, time

@@ -6,7 +6,8 @@ worker is the library's client and exchange, with a trainer that trains nothing:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -109,10 +110,19 @@ class Worker:
         trainer = _NoTrainer(self._traffic.layout())
         forget_peak()
         idle_bytes = status_bytes("VmRSS")
-        with ParameterClient(self._where, trainer.layout, self._traffic.compression) as client:
+        travels = self._traffic.compression
+        compression = replace(travels, leaves_error=travels.is_push_lossy)  # as `worker.run_partition` has it
+        with ParameterClient(self._where, trainer.layout, compression) as client:
             granted = client.register(Registration(1, 0, 0, trainer.layout.fingerprint, "127.0.0.1"))
             exchange = exchange_for(
-                "delta", 0.0, client, trainer, granted.sequence, has_epochs=False, overlap=self._overlap
+                "delta",
+                0.0,
+                client,
+                trainer,
+                granted.sequence,
+                has_epochs=False,
+                overlap=self._overlap,
+                accumulates=compression.leaves_error,
             )
             try:
                 for turn in range(num_turns):
@@ -148,11 +158,15 @@ class _NoTrainer(Trainer):
         pass
 
     def read(self, out: Buffer) -> None:
+        for start in range(0, len(out), self._noise.nbytes):
+            some = slice(start, min(start + self._noise.nbytes, len(out)))
+            (out[some],) = self.read_blocks([some])
+
+    def read_blocks(self, wanted: Sequence[slice]) -> Iterator[Buffer]:
         self._num_read += 1
-        values = out.view(np.float32)
-        for start in range(0, len(values), _NOISE_VALUES):
-            some = values[start : start + _NOISE_VALUES]
-            np.multiply(self._noise[: len(some)], np.float32(self._num_read), out=some)
+        for block in wanted:
+            num_values = (block.stop - block.start) // self._noise.itemsize
+            yield (self._noise[:num_values] * np.float32(self._num_read)).view(np.uint8)
 
     def train(self, columns: Columns, batch_size: int) -> NDArray[np.float64]:
         return np.zeros(0)

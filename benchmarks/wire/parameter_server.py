@@ -21,11 +21,11 @@ from tensorspark.ps.server import ParameterServer
 from tensorspark.shards.client import ShardedClient
 from tensorspark.shards.places import ShardPlace
 from tensorspark.shards.processes import ShardProcesses
-from tensorspark.shards.server import AnyServer, Endpoint, ShardedServer
+from tensorspark.shards.sharded_server import AnyServer, Endpoint, ShardedServer
 from tensorspark.weights.combiners import DeltaWeightCombiner
 from tensorspark.weights.compression import Compression
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
-from tensorspark.weights.shards import split
+from tensorspark.weights.ranges import split
 
 RECEIVE_BUFFER_BYTES = 2**28
 """The bound of the server's pool for pushes in arrival: the library's default."""

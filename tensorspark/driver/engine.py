@@ -25,14 +25,21 @@ from tensorspark.driver.publishing import Publisher
 from tensorspark.driver.resources import Resources, address_of
 from tensorspark.driver.shard_tasks import ShardTasks
 from tensorspark.driver.training import EpochDriver, JobLabel, exclusively, require_trained, run_job
-from tensorspark.errors import CheckpointError, ConfigError, SessionClosedError, ShardLostError, StagingError
+from tensorspark.errors import (
+    CheckpointError,
+    ConfigError,
+    SessionClosedError,
+    ShardLostError,
+    StagingError,
+    WorkerFailedError,
+)
 from tensorspark.history import History
 from tensorspark.ps.checkpoint import RunCheckpoint
 from tensorspark.ps.link import ServerAddress
 from tensorspark.ps.messages import EpochPlan
 from tensorspark.ps.sync import SyncPlan
 from tensorspark.shards.processes import ShardProcesses
-from tensorspark.shards.server import AnyServer, ShardedServer
+from tensorspark.shards.sharded_server import AnyServer, ShardedServer
 from tensorspark.weights.compression import Compression
 from tensorspark.worker import WorkerJob
 
@@ -79,7 +86,7 @@ class Engine:
         if wants_checkpoints and self.checkpoint_dir is None:
             raise ConfigError("checkpoint_interval_s needs hdfs_dir (or spark.hdfs.dir): checkpoints go there")
         host = config.server_host or spark_context.getConf().get("spark.driver.host", "localhost")
-        self._checked: ServerAddress | None = None
+        self._checked: tuple[ServerAddress, ...] = ()
         self._num_recoveries = 0
         self._is_recovering = False
         self._attempt_of = ""  # the run: what its checkpoints are known by, of all its attempts
@@ -209,7 +216,8 @@ class Engine:
                 group=f"tensorspark-{self._run_id}-{job.run}",
                 description=f"tensorspark {self.name}: run {job.run}, {plan.num_epochs} epoch(s)",
             )
-            run_job(plan.feed_rdd, job, server, line, label, epochs)
+            with _blaming_lost_shards(server):
+                run_job(plan.feed_rdd, job, server, line, label, epochs)
             write_last()
         seconds = time.monotonic() - began + (resume.seconds if resume else 0.0)
         points, workers = server.records()
@@ -246,7 +254,8 @@ class Engine:
             compression=self._compression,
         )
         address = address_of(server, config)
-        self._check_executors(address)
+        shards = server.places if isinstance(server, ShardedServer) else ()
+        self._check_executors(address, tuple(place.address for place in shards[1:]))
         return server, WorkerJob(
             address=address,
             run=run,
@@ -266,11 +275,12 @@ class Engine:
             validation_split=plan.validation_split,
             overlap=config.overlap,
             compression=self._compression,
-            shards=server.places if isinstance(server, ShardedServer) else (),
+            shards=shards,
         )
 
-    def _check_executors(self, address: ServerAddress) -> None:
-        if self._checked != address:
+    def _check_executors(self, address: ServerAddress, others: tuple[ServerAddress, ...]) -> None:
+        """Whether they can train. Shards are elsewhere in each run, so with them each is checked."""
+        if self._checked != (address, *others):
             config = self.config
             require_ready(
                 self.spark_context,
@@ -279,8 +289,9 @@ class Engine:
                 tmp_dir=config.tmp_dir,
                 run_id=self._run_id,
                 user=self.user,
+                shards=others,
             )
-            self._checked = address
+            self._checked = (address, *others)
 
     @contextlib.contextmanager
     def _checkpoints(
@@ -300,6 +311,22 @@ class Engine:
         if restored_url or self.config.hdfs_dir is None:
             return restored_url
         return CheckpointDirectory.url_of_run(self.config.hdfs_dir, self._run_id)
+
+
+@contextlib.contextmanager
+def _blaming_lost_shards(server: AnyServer) -> Iterator[None]:
+    """Where workers failed as a shard is gone, raises that: they may notice it before the driver does.
+
+    Raises:
+        ShardLostError: names the shard, and comes from the workers' error.
+    """
+    try:
+        yield
+    except WorkerFailedError as error:
+        lost = server.lost_shard() if isinstance(server, ShardedServer) else None
+        if lost is not None:
+            raise lost from error
+        raise
 
 
 def _epoch_plan(plan: RunPlan, num_totals: int) -> EpochPlan | None:

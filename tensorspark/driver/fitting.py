@@ -19,7 +19,7 @@ from tensorspark.driver.rows import Data, FedModel, Rows, decoder_alike, rows_of
 from tensorspark.errors import ConfigError, FeedError, ShardLostError
 from tensorspark.history import History
 from tensorspark.ps.messages import EpochEnd
-from tensorspark.shards.server import AnyServer
+from tensorspark.shards.sharded_server import AnyServer
 from tensorspark.weights.averaging import MeanDeltaCombiner
 from tensorspark.weights.combiners import WeightCombiner
 from tensorspark.weights.layout import WeightLayout

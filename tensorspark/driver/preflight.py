@@ -12,7 +12,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from tensorspark.ps.client import ServerAddress
 logger = logging.getLogger(__name__)
 
 _DESCRIPTION = "tensorspark: can the executors train?"
+_SHARDS_REACHABLE = "shards reachable"
 _TMP_ON_DRIVER, _STAGING_ON_DRIVER = "temporary directory on driver", "staging directory on driver"
 _POINT = "install it there, or point spark.pyspark.python (PYSPARK_PYTHON) to a Python that has it"
 _SHIP = (
@@ -86,17 +87,20 @@ def require_ready(
     tmp_dir: str,
     run_id: str,
     user: str = "",
+    shards: Sequence[ServerAddress] = (),
 ) -> None:
     """Raises the first thing that keeps this cluster from training, and logs what may; see `examine`.
 
     Raises:
         ConfigError: no slots, or a Python, TensorFlow, tensorspark or package that is absent or another one.
-        ServerUnreachableError: an executor cannot reach the server; names the setting to change.
+        ServerUnreachableError: an executor cannot reach the server, or a shard; names the setting to change.
         StagingError: the staging or temporary directory cannot be used, on the driver or on an executor.
         TransportError: what an executor reached is not this run's server.
         WorkerFailedError: the job failed in another way.
     """
-    results = examine(spark_context, address, hdfs_dir=hdfs_dir, tmp_dir=tmp_dir, run_id=run_id, user=user)
+    results = examine(
+        spark_context, address, hdfs_dir=hdfs_dir, tmp_dir=tmp_dir, run_id=run_id, user=user, shards=shards
+    )
     for result in results:
         if result.status is Status.WARNING:
             logger.warning("%s: %s", result.name, result.detail)
@@ -114,6 +118,7 @@ def examine(
     run_id: str,
     user: str = "",
     timeout_s: float | None = None,
+    shards: Sequence[ServerAddress] = (),
 ) -> list[CheckResult]:
     """Checks driver and executors. Never raises what a check finds; leaves no file behind.
 
@@ -122,6 +127,7 @@ def examine(
         hdfs_dir, user: the staging directory, and who to write to HDFS as; None where the graph travels as a broadcast.
         run_id: names the job group, the files and the directories.
         timeout_s: how long slots and tasks may take altogether; None takes the address's `io_timeout_s`.
+        shards: addresses of the servers beside the first, where the weights are in several shards.
     """
     if timeout_s is None:
         timeout_s = 120.0 if address is None else address.io_timeout_s
@@ -132,6 +138,7 @@ def examine(
         request = {
             "version": tensorspark.__version__,
             "address": None if address is None else asdict(address),
+            "shards": [asdict(shard) for shard in shards],
             "staged": None if staged is None else asdict(staged),
             "tmp_dir": tmp_dir,
             "run_id": unique,
@@ -203,7 +210,7 @@ def _ask_executors(spark_context: Any, request: Mapping[str, Any], timeout_s: fl
 
 def _run_tasks(spark_context: Any, request: Mapping[str, Any], num_tasks: int, timeout_s: float) -> list[Report] | None:
     """A report of each task; None where they did not end in time."""
-    task = probe.make_probe(request)
+    task = _make_task(request)
 
     def ask() -> list[Report]:
         reports: list[Report] = spark_context.parallelize(range(num_tasks), num_tasks).mapPartitions(task).collect()
@@ -217,6 +224,24 @@ def _run_tasks(spark_context: Any, request: Mapping[str, Any], num_tasks: int, t
         raise _JobFailedError(_translate(job.error, spark_context.master)) from job.error
     reports: list[Report] = job.result
     return reports
+
+
+def _make_task(request: Mapping[str, Any]) -> Callable[[Iterable[Any]], Iterator[Report]]:
+    """As `probe.make_probe`, and pickled by value as well; who reaches the driver then looks for the shards."""
+    task, name, addresses = probe.make_probe(request), _SHARDS_REACHABLE, request["shards"]
+    if not addresses:
+        return task
+
+    def probe_shards(partition: Iterable[Any]) -> Iterator[Report]:
+        for report in task(partition):
+            if report["checks"]:  # it has this tensorspark
+                from tensorspark.ps.link import ServerAddress
+                from tensorspark.shards.places import problem_here
+
+                report["checks"][name] = problem_here([ServerAddress(**address) for address in addresses])
+            yield report
+
+    return probe_shards
 
 
 def _explain_wait(spark_context: Any, timeout_s: float) -> TensorsparkError:
@@ -329,6 +354,7 @@ def _gather(reports: list[Report], request: Mapping[str, Any]) -> Iterator[Check
     address = request["address"]
     details = {
         REACHABLE: f"executors reach {address['host']}:{address['port']} and its token is known" if address else "",
+        **({_SHARDS_REACHABLE: f"executors reach {_places(request['shards'])}"} if request["shards"] else {}),
         TMP_ON_EXECUTORS: f"{request['tmp_dir']} is writable",
         STAGING_ON_EXECUTORS: "readable and writable",
     }
@@ -339,6 +365,10 @@ def _gather(reports: list[Report], request: Mapping[str, Any]) -> Iterator[Check
             yield from _by_host(name, detail, found)
         else:
             yield CheckResult(name, _why_unchecked(name, request), Status.SKIPPED)
+
+
+def _places(addresses: Iterable[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{address['host']}:{address['port']}" for address in addresses)
 
 
 def _why_unchecked(name: str, request: Mapping[str, Any]) -> str:

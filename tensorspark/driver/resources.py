@@ -21,10 +21,10 @@ from tensorspark.ps.server import ParameterServer
 from tensorspark.shards.fleet import Hosts
 from tensorspark.shards.host import ShardJob
 from tensorspark.shards.processes import ShardProcesses
-from tensorspark.shards.server import AnyServer, Endpoint, ShardedServer
+from tensorspark.shards.sharded_server import AnyServer, Endpoint, ShardedServer
 from tensorspark.weights.combiners import WeightCombiner
 from tensorspark.weights.layout import WeightLayout
-from tensorspark.weights.shards import Shard, split
+from tensorspark.weights.ranges import Shard, split
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from pyspark import SparkContext
 
@@ -32,9 +32,14 @@ class ShardTasks:
         error = self._job.error
         return f"the Spark tasks of the shards ended{'' if error is None else ': ' + summary(error)}"
 
-    def close(self) -> None:
-        """Waits for the tasks, which end when the driver's channel does, and ends those that do not."""
-        self._job.wait(_END_TIMEOUT_S)
+    def close(self, lost: Collection[int] = ()) -> None:
+        """Waits for the tasks, which end when the driver's channel does, and ends those that do not.
+
+        Args:
+            lost: shards that give no sign of life; then it waits for none.
+        """
+        if not lost:
+            self._job.wait(_END_TIMEOUT_S)
         self._job.__exit__()
 
 

@@ -16,7 +16,7 @@ from tensorspark.driver.progress import ProgressLine
 from tensorspark.errors import ConfigError, FeedError, SessionClosedError, WorkerFailedError
 from tensorspark.history import WorkerReport
 from tensorspark.ps.messages import EpochEnd
-from tensorspark.shards.server import AnyServer
+from tensorspark.shards.sharded_server import AnyServer
 from tensorspark.weights.combiners import WeightCombiner
 from tensorspark.worker import WorkerJob, run_partition
 

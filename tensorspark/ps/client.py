@@ -24,6 +24,7 @@ __all__ = ["Granted", "ParameterClient", "ServerAddress"]
 _MAX_TRACEBACK_BYTES = 2**15
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
+_RECONNECTED_S = 0.1  # how often one who reports a failure looks whether there is a new connection
 _T = TypeVar("_T")
 
 
@@ -37,7 +38,7 @@ class Granted:
 
 
 class ParameterClient:
-    """A worker's conversation with the server. For one thread.
+    """A worker's conversation with the server. For one thread, but for `report`.
 
     It outlasts its connection: when that breaks, it connects again, with growing pauses, resumes its lease and repeats
     the pushes that the server has not accepted; the server counts each once. A thread of its own tells the server
@@ -67,6 +68,7 @@ class ParameterClient:
         self._link = Link(address)
         self._registration: Registration | None = None
         self._is_granted = False
+        self._holder: Link | None = None  # the newest link that has the lease
         self._unanswered: list[tuple[Push, Buffer]] = []
         self._turn = threading.Lock()  # held while a frame is sent or an answer awaited
         self._closing = threading.Event()
@@ -92,18 +94,21 @@ class ParameterClient:
         self._is_granted = True
         return granted
 
-    def pull(self, out: Buffer, holds: int | None = None, asked: Asked = Asked.NEXT) -> Order:
+    def pull(self, out: Buffer, holds: int | None = None, asked: Asked = Asked.NEXT, epoch: int | None = None) -> Order:
         """Receives the newest weights into `out`, and what is to be done next; this worker's pushes are in them.
 
         Waits at the server's gate and at the end of an epoch, as long as the server says that it lives.
 
         Args:
+            out: may be what was pushed last: it is not written to before that is accepted.
             holds: the version that `out` holds, unchanged since it was pulled: what did not change is not sent again.
+            epoch: which `Asked.EVALUATE` is about.
         """
 
         def pull() -> Order:
             nonlocal holds
-            self._link.send(Kind.PULL, headers.pull_header(holds, asked))
+            named = {} if epoch is None else {"epoch": epoch}
+            self._link.send(Kind.PULL, {**headers.pull_header(holds, asked), **named})
             self._read_acceptances()
             header, num_bytes = self._link.receive(Kind.SNAPSHOT, out.nbytes)
             held, holds = holds, None  # while it is written over, and the connection may break
@@ -118,7 +123,8 @@ class ParameterClient:
 
         Args:
             weights: must stay as they are until the next `pull`, `flush` or `finish` returns: they are sent again if
-                the connection breaks. Where pushes are encoded they are written over.
+                the connection breaks. Where pushes are encoded they are written over; with a lossy codec and
+                `Compression.leaves_error` by what it left out, which the next push is to begin from.
         """
         _require_short(push.totals)
         with self._turn:
@@ -156,12 +162,47 @@ class ParameterClient:
         self._tell(Kind.EVALUATION, {"epoch": epoch, "num_samples": num_samples}, totals)
 
     def report(self, message: str, traceback: str) -> None:
-        """Tells the server that this worker has failed; best effort: a server that is gone is told nothing."""
-        with self._turn, contextlib.suppress(TransportError):
-            self._link.send(Kind.FAIL, {"message": _ends(message, 2**10), "traceback": _tail(traceback)})
+        """Tells the server that this worker has failed; best effort: a server that is gone is told nothing.
+
+        On any thread: who waits for an answer on another has none but this one's any more.
+        """
+        header: dict[str, object] = {"message": _ends(message, 2**10), "traceback": _tail(traceback)}
+        if not self._turn.acquire(blocking=False):
+            self._interject(header)
+            return
+        try:
+            self._report(header)
+        finally:
+            self._turn.release()
+
+    def _report(self, header: dict[str, object]) -> None:
+        with contextlib.suppress(TransportError):
+            self._link.send(Kind.FAIL, header)
             # Answers to earlier pushes may lie before the one to FAIL; a refusal ends the conversation too.
             for _ in range(len(self._unanswered) + 1):
                 self._link.receive(Kind.ACCEPTED)
+
+    def _interject(self, header: dict[str, object]) -> None:
+        """Reports while another thread waits for the server, at the gate maybe: who reads its answers then is open."""
+        told: Link | None = None
+        deadline = time.monotonic() + self._address.io_timeout_s + self._address.reconnect_timeout_s
+        while True:
+            if self._holder is not None and self._holder is not told:
+                told = self._holder
+                with contextlib.suppress(TransportError):
+                    told.send(Kind.FAIL, header)
+            if self._turn.acquire(timeout=_RECONNECTED_S):
+                break
+            if time.monotonic() > deadline:
+                return
+        try:
+            if told is self._link:
+                with contextlib.suppress(TransportError):
+                    told.end()
+            else:
+                self._report(header)
+        finally:
+            self._turn.release()
 
     def _tell(self, kind: Kind, header: dict[str, object], totals: bytes = b"") -> None:
         """Sends a frame that the server notes, again if the connection breaks before it says so."""
@@ -178,6 +219,7 @@ class ParameterClient:
         assert self._registration is not None
         self._link.send(Kind.REGISTER, vars(replace(self._registration, is_resuming=self._is_granted)))
         header, _ = self._link.receive(Kind.GRANTED)
+        self._holder = self._link
         return Granted(
             sequence=protocol.count(header, "sequence"),
             cursor=Cursor(protocol.count(header, "epoch"), protocol.count(header, "batch")),

@@ -188,8 +188,24 @@ class Connection:
             return self._stream.write(frame)
         if payload.nbytes <= _JOINED_PAYLOAD_BYTES:
             return self._stream.write(frame + payload.tobytes())
-        self._stream.write(frame).add_done_callback(_retrieve)
-        return self._stream.write(payload.data)
+        num_sent = self._send_at_once(frame, payload.data)
+        if num_sent < len(frame):
+            self._stream.write(frame[num_sent:]).add_done_callback(_retrieve)
+            return self._stream.write(payload.data)
+        return self._stream.write(payload.data[num_sent - len(frame) :])
+
+    def _send_at_once(self, frame: bytes, payload: memoryview) -> int:
+        """Hands the kernel what it takes of both at once, in one call; what breaks is for the stream to find out.
+
+        Returns:
+            How many bytes it took; 0 where earlier ones wait, or are to be encrypted.
+        """
+        if type(self._stream) is not IOStream or self._stream.writing() or self._stream.closed():
+            return 0
+        try:
+            return self._stream.socket.sendmsg([frame, payload])
+        except OSError:
+            return 0
 
     def _after_write(
         self, written: asyncio.Future[None], on_written: Callable[[], None] | None, timer: asyncio.TimerHandle | None

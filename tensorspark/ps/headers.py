@@ -36,6 +36,11 @@ def asked(header: dict[str, object]) -> Asked:
     return _ASKED[text]
 
 
+def asked_epoch(header: dict[str, object]) -> int | None:
+    """Which epoch a pull for an evaluation is about, where it says so."""
+    return protocol.count(header, "epoch") if "epoch" in header else None
+
+
 def time_spent(header: dict[str, object]) -> TimeSpent:
     return TimeSpent(
         epoch_samples=protocol.numbers(header, "epoch_samples", int),

@@ -6,6 +6,8 @@ import contextlib
 import select
 import socket
 import ssl
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,7 @@ from tensorspark.weights.layout import Buffer
 
 _MAX_RESPONSE_BYTES = 2**14
 _MAX_EARLY_BYTES = 2**20
+_END_S = 10.0  # for the server to take note of a connection's end
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class ServerAddress:
 
 
 class Link:
-    """A connection to the server, upgraded to frames. After an error it is of no more use. Not thread-safe.
+    """A connection to the server, upgraded to frames. After an error it is of no more use. One thread may send and
+    another receive.
 
     Raises:
         ServerUnreachableError: nobody answered in time.
@@ -58,6 +62,9 @@ class Link:
     def __init__(self, address: ServerAddress) -> None:
         self._address = address
         self._early = bytearray()  # what came while we were sending
+        self._sending = threading.Lock()  # no frame begins in another
+        # OpenSSL bears one thread at a time: https://github.com/python/cpython/issues/124984
+        self._encrypting = contextlib.nullcontext() if address.certificate is None else threading.Lock()
         self._is_broken = False  # in the middle of a frame: what is sent now would be read as the rest of it
         self._socket = connect(address)
         try:
@@ -76,11 +83,22 @@ class Link:
     def send(self, kind: Kind, header: Mapping[str, Any], payload: Buffer | None = None, totals: bytes = b"") -> None:
         """Sends a frame; `totals` are the payload's end, or all of it."""
         num_bytes = len(totals) if payload is None else payload.nbytes + len(totals)
-        self._send_all(memoryview(protocol.encode(kind, header, num_bytes)))
-        if payload is not None:
-            self._send_all(payload.data)
-        if totals:
-            self._send_all(memoryview(totals))
+        with self._sending:
+            self._send_all(memoryview(protocol.encode(kind, header, num_bytes)))
+            if payload is not None:
+                self._send_all(payload.data)
+            if totals:
+                self._send_all(memoryview(totals))
+
+    def end(self) -> None:
+        """Sends nothing more, and waits until the server has read all and closed the connection; 10 s at most."""
+        deadline = time.monotonic() + _END_S
+        with self._translated():
+            self._is_broken = True
+            self._socket.settimeout(_END_S)
+            self._socket.shutdown(socket.SHUT_WR)
+            while self._socket.recv(_MAX_EARLY_BYTES) and time.monotonic() < deadline:
+                pass
 
     def receive(self, expected: Kind, limit_bytes: int = 0) -> tuple[dict[str, Any], int]:
         """The header of the next frame that says something, which must be `expected`, and its payload's length.
@@ -145,7 +163,10 @@ class Link:
             view = view[len(early) :]
         with self._translated():
             while view:
-                received = self._socket.recv_into(view)
+                if isinstance(self._socket, ssl.SSLSocket) and not self._socket.pending():
+                    self._await_something()  # without the lock
+                with self._encrypting:
+                    received = self._socket.recv_into(view)
                 self._checked(received)
                 view = view[received:]
 
@@ -155,12 +176,20 @@ class Link:
         with self._translated():
             while data:
                 try:
-                    sent = self._socket.send(data)
+                    with self._encrypting:
+                        sent = self._socket.send(data)
                 except TimeoutError:
                     if not self._has_said_something():
                         raise
                     continue
                 data = data[sent:]
+
+    def _await_something(self) -> None:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        timeout_s = self._socket.gettimeout()
+        if not poll.poll(None if timeout_s is None else 1000 * timeout_s):
+            raise TimeoutError
 
     def _has_said_something(self) -> bool:
         """Whether the server, which does not read, says at least that it lives: it may be out of buffers."""

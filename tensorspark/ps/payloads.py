@@ -50,11 +50,9 @@ class Intake:
             source.fill(out[out.nbytes - num_bytes :])
             self._codec.decode(self._layout, out, num_bytes)
         elif form == Form.PATCH.value and held is not None and self._layout is not None:
-            patch = np.empty(num_bytes, np.uint8)
-            source.fill(patch)
             if self._units is None:
                 self._units = Units(self._layout, by_row=self._by_row)
-            self._units.apply(patch, out)
+            self._units.receive(source.fill, num_bytes, out)
         else:
             raise ProtocolError(f"expected a snapshot of {out.nbytes} bytes, got {num_bytes} bytes ({form[:40]!r})")
 
@@ -62,7 +60,8 @@ class Intake:
 class Outlet:
     """Encodes pushes, and keeps what a lossy codec leaves out for the pushes to come: *error feedback* (Seide et al.,
     "1-Bit Stochastic Gradient Descent and its Application to Data-Parallel Distributed Training of Speech DNNs", 2014;
-    Stich, Cordonnier and Jaggi, "Sparsified SGD with Memory", 2018).
+    Stich, Cordonnier and Jaggi, "Sparsified SGD with Memory", 2018). With `Compression.leaves_error` it leaves that in
+    the values, and whoever pushes adds the next change to them: that spares a buffer.
 
     Args:
         layout: None where pushes go raw.
@@ -70,6 +69,7 @@ class Outlet:
 
     def __init__(self, layout: WeightLayout | None, compression: Compression) -> None:
         self._codec = None if layout is None else compression.push_codec
+        self._leaves_error = compression.leaves_error
         self._layout = layout
         self._error: Buffer | None = None
         self._encoded: Buffer | None = None
@@ -83,7 +83,7 @@ class Outlet:
 
         Returns:
             The payload, which stays as it is until the next call, and its length where it is encoded; 0 where it is
-            `values`.
+            raw: `values`, or a copy of them where they hold the error.
         """
         if self._codec is None or self._layout is None:
             return values, 0
@@ -93,9 +93,22 @@ class Outlet:
             )  # pages that are not used cost nothing
         if not self._codec.is_lossy:
             num_bytes = self._codec.encode(self._layout, values, self._encoded)
+        elif self._leaves_error:
+            return self._encode_leaving_error(values, self._encoded)
         else:
             num_bytes = self._encode_with_error(values, self._encoded)
         return (self._encoded[:num_bytes], num_bytes) if num_bytes else (values, 0)
+
+    def _encode_leaving_error(self, values: Buffer, out: Buffer) -> tuple[Buffer, int]:
+        assert self._codec is not None
+        assert self._layout is not None
+        num_bytes = self._codec.encode_keeping_error(self._layout, values, out)
+        if num_bytes:
+            return out[:num_bytes], num_bytes
+        whole = out[: values.nbytes]
+        whole[:] = values
+        values[:] = 0  # all of it is sent, and no error is left
+        return whole, 0
 
     def _encode_with_error(self, values: Buffer, out: Buffer) -> int:
         assert self._codec is not None

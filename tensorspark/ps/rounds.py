@@ -161,6 +161,7 @@ class Rounds:
                     payload = self._take_payload(step)
                     self._conclude_fold(step, payload, await elsewhere(self._fold, step, payload))
                 else:
+                    self._store.prepare()
                     self._conclude_round(await elsewhere(self._finish, step))
         finally:
             self._working = None

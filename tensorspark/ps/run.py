@@ -221,7 +221,7 @@ class Run:
         header, number = frame.header, connection.number
         if frame.kind is Kind.PULL:
             connection.held = protocol.count(header, "version") if "version" in header else None
-            decisions = self.state.pull(number, headers.asked(header))
+            decisions = self.state.pull(number, headers.asked(header), headers.asked_epoch(header))
         elif frame.kind is Kind.PUSH:
             decisions = self._push(number, frame)
         elif frame.kind is Kind.REGISTER:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import logging
 import secrets
 import ssl
 import threading
@@ -23,6 +24,8 @@ from tensorspark.ps.sync import SyncPlan
 from tensorspark.weights.combiners import WeightCombiner
 from tensorspark.weights.compression import NO_COMPRESSION, Compression
 from tensorspark.weights.layout import Buffer, WeightLayout
+
+logger = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_S = 60.0
 _ASYNCHRONOUS = SyncPlan()
@@ -230,12 +233,24 @@ class ParameterServer:
         return snapshot.version
 
     def capture(self, timeout_s: float = _CALL_TIMEOUT_S) -> RunCheckpoint | None:
-        """The current run between two rounds, its weights copied; None where no round ended within the timeout."""
+        """The current run between two rounds, its weights copied.
+
+        Returns:
+            None where no round ended within the timeout, and the log says so, or none will: the run is over.
+        """
         future = asyncio.run_coroutine_threadsafe(self._captured(), self._loop)
         try:
             return future.result(timeout_s)
-        except (TimeoutError, concurrent.futures.CancelledError):
+        except concurrent.futures.CancelledError:
+            return None
+        except TimeoutError:
             future.cancel()
+            logger.warning(
+                "no checkpoint was made: the open round did not end within %g s; where no worker hangs, but its "
+                "intervals take so long, lower spark.tensorspark.sync.interval, or give checkpoints more time with a "
+                "longer spark.tensorspark.checkpoint.interval",
+                timeout_s,
+            )
             return None
 
     async def _captured(self) -> RunCheckpoint:

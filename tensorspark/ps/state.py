@@ -99,12 +99,12 @@ class RunState:
         self._num_in_round = 0  # workers that a bulk-synchronous round began with
         self._follows = follows
         self._leases = Leases(layout, self._partitions, self._gate)
-        self._asked: dict[int, Asked] = {}  # by partition, what its newest pull is for
+        self._asked: dict[int, tuple[Asked, int | None]] = {}  # by partition, what its newest pull is for
         self._pulls = self._leases.pulls
         self._held: dict[int, Fold] = {}  # this round's pushes that wait for their turn, by partition
         self._in_round: set[int] = set()  # partitions whose push is in this round, or waits to be
         self._is_closing = False  # the round's publication is decided
-        self._first_missing = 0  # the first partition whose push the bulk-synchronous round waits for
+        self._first_missing = 0  # whose push, first of all, the bulk-synchronous round waits for
 
     # Events from a connection
 
@@ -118,12 +118,12 @@ class RunState:
             return [Refuse(connection, error)]
         return [*replaced, *self._grant_next(partition, now)]
 
-    def pull(self, connection: int, asked: Asked = Asked.NEXT) -> list[Decision]:
-        """A worker asks for the newest weights."""
+    def pull(self, connection: int, asked: Asked = Asked.NEXT, epoch: int | None = None) -> list[Decision]:
+        """A worker asks for the newest weights; `epoch` is which `Asked.EVALUATE` is about."""
         held = self._held_by(connection)
         if isinstance(held, RefusedError):
             return [Refuse(connection, held)]
-        self._asked[held.index] = asked
+        self._asked[held.index] = asked, epoch
         if self._follows:
             self._epochs.follow(held, asked)
         order = OrderKind.TRAIN if asked in (Asked.PEEK, Asked.REST) else self._order_for(held)
@@ -139,8 +139,8 @@ class RunState:
         if isinstance(held, RefusedError):
             self._leases.count(connection, "num_refused")
             return [Refuse(connection, held)]
-        held.count("num_pushed")
-        held.count("num_bytes_pushed", push.num_bytes)
+        report = held.report
+        held.update(num_pushed=report.num_pushed + 1, num_bytes_pushed=report.num_bytes_pushed + push.num_bytes)
         if push.sequence <= held.folded:
             held.count("num_repeated")
             return [Accept(connection, push.sequence)]
@@ -213,9 +213,7 @@ class RunState:
         """A decided fold is in its round; `seconds` since the run began."""
         partition, push = self._partitions[fold.partition], fold.push
         self._epochs.fold(fold.partition, push)
-        partition.folded = push.sequence
-        partition.cursor = push.cursor
-        partition.progress = push.progress
+        partition.folded, partition.cursor, partition.progress = push.sequence, push.cursor, push.progress
         report = partition.report
         partition.update(
             num_steps=report.num_steps + push.num_steps,
@@ -245,11 +243,10 @@ class RunState:
         if self.stopped:
             return []
         self._version += bool(folds)
-        accepted: list[Decision] = []
+        accepted = [Accept(fold.connection, fold.push.sequence) for fold in folds]
         for fold in folds:
             self._num_steps += fold.push.num_steps
             self._partitions[fold.partition].num_unpublished -= 1
-            accepted.append(Accept(fold.connection, fold.push.sequence))
         if self._sync.is_bulk:
             self._in_round = set(self._held)  # of a worker whose push was refused, and who tried again at once
             self._is_closing = False
@@ -355,8 +352,11 @@ class RunState:
         """What the partition's pull is answered now; None: it waits."""
         if self._is_closing or partition.num_unpublished:
             return None
-        if self._asked.get(partition.index) is Asked.EVALUATE and not self._epochs.is_finishing:
-            return OrderKind.EVALUATE if self._epochs.is_complete else None
+        asked, epoch = self._asked.get(partition.index, (Asked.NEXT, None))
+        if asked is Asked.EVALUATE and not self._epochs.is_finishing:
+            is_over = epoch is not None and epoch < self._epochs.number  # too late to count: any weights will do
+            is_due = self._epochs.is_complete and epoch in (None, self._epochs.number)
+            return OrderKind.EVALUATE if is_over or is_due else None
         order = self._epochs.order_for(partition)
         return None if order is OrderKind.TRAIN and not self._gate.may_begin(partition.index) else order
 

@@ -14,7 +14,7 @@ from tensorspark.driver.engine import Engine
 from tensorspark.driver.inputs import Names
 from tensorspark.errors import CheckpointError, SessionClosedError
 from tensorspark.ps.messages import Status
-from tensorspark.shards.server import AnyServer
+from tensorspark.shards.sharded_server import AnyServer
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,12 @@
 """What the driver and a shard's process say to each other: calls, answered in any order, over one connection.
 
-A message is a msgpack map and, as messages of their own behind it, the raw buffers that it counts. The connection is
-`multiprocessing.connection`'s, whose two sides prove to each other that they know a key (HMAC); nothing that comes over
-it is unpickled.
+A message is a msgpack map and, as messages of their own behind it, the raw buffers that it counts, each behind its
+length, as `multiprocessing.connection` writes them. Its handshake begins the conversation: both sides prove to each
+other that they know a key (HMAC). Nothing that comes over the connection is unpickled.
+
+Who wants to know of the other side's end at once asks for signs of life: a process that is stopped, or a host that has
+lost its network, closes nothing. Whatever arrives is one, so a side that sends or takes a large buffer, or computes,
+is not taken for lost; pings make sure that something arrives.
 """
 
 from __future__ import annotations
@@ -11,7 +15,9 @@ import contextlib
 import itertools
 import logging
 import os
+import select
 import socket
+import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,12 +29,25 @@ import msgpack
 import numpy as np
 
 from tensorspark.errors import ShardLostError
-from tensorspark.weights.layout import Buffer
+from tensorspark.ps.listen import bind, notice_vanished_peer
+from tensorspark.weights.layout import ALIGNMENT_BYTES, Buffer
 
 logger = logging.getLogger(__name__)
 
 _HANDSHAKE_TIMEOUT_S = 10.0
 _NUM_THREADS = 8  # calls that are answered at once
+
+# After so long without a sign of life the other side is lost.
+SILENCE_TIMEOUT_S = 10.0
+_SIGNS_A_TIMEOUT = 10
+
+# So long the kernel waits for the other host, for a side that asks for no signs of life.
+_VANISHED_HOST_TIMEOUT_S = 30.0
+
+# `multiprocessing.connection`'s lengths: the second stands behind a first of -1.
+_LENGTH, _LARGE_LENGTH = struct.Struct("!i"), struct.Struct("!Q")
+_MAX_LENGTH = 2**31 - 1
+_CHUNK_BYTES = 2**20
 
 Reply = tuple[Mapping[str, Any], Sequence[Buffer]]
 Handler = Callable[[Mapping[str, Any], Sequence[Buffer]], Reply]
@@ -40,8 +59,13 @@ class Channel:
     Args:
         plain: connected, its other side identified; the channel's from now on.
         who: names the other side in errors.
-        handlers: what the other side may call, by name. An exception of theirs is an answer, too.
-        on_lost: called once, when the other side is gone.
+        handlers: what the other side may call, by name. An exception of theirs is an answer, too. The buffers that they
+            are given are aligned as weights are, and theirs to keep.
+        on_lost: called once with the reason, when the other side is gone.
+        silence_timeout_s: how long the other side may give no sign of life; None: as long as its host is there.
+
+    Attributes:
+        who: may be changed, when more is known.
     """
 
     def __init__(
@@ -49,21 +73,28 @@ class Channel:
         plain: socket.socket,
         who: str,
         handlers: Mapping[str, Handler] | None = None,
-        on_lost: Callable[[], None] = lambda: None,
+        on_lost: Callable[[str], None] = lambda reason: None,
+        *,
+        silence_timeout_s: float | None = None,
     ) -> None:
+        self.who = who
         self._plain = plain
-        self._connection = Connection(os.dup(plain.fileno()))
-        self._who = who
         self._handlers = handlers or {}
         self._on_lost = on_lost
         self._writing = threading.Lock()
         self._losing = threading.Lock()
         self._calls: dict[int, Future[Reply]] = {}
         self._numbers = itertools.count(1)
-        self._is_lost = False
+        self._num_received = 0  # bytes
+        self._num_taken = 0  # bytes of large buffers that the other side's kernel has taken
+        self._why_lost = ""
+        self._is_over = threading.Event()
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="tensorspark-shard-call")
         self._reader = threading.Thread(target=self._read, name="tensorspark-shard-channel", daemon=True)
         self._reader.start()
+        if silence_timeout_s is not None:
+            name = "tensorspark-shard-watch"
+            threading.Thread(target=self._watch, args=(silence_timeout_s,), name=name, daemon=True).start()
 
     def call(self, name: str, arguments: Mapping[str, Any] | None = None, raw: Sequence[Buffer] = ()) -> Future[Reply]:
         """Has the other side do something.
@@ -77,41 +108,95 @@ class Channel:
         try:
             self._send({"number": number, "call": name, "values": dict(arguments or {}), "raw": len(raw)}, raw)
         except OSError:
-            self._lose()
-        if self._is_lost:
+            self._lose("is gone")
+        if self._why_lost:
             self._fail(number)
         return future
 
     def close(self) -> None:
         """Ends the conversation; calls that are not answered fail."""
-        with contextlib.suppress(OSError):
-            self._plain.shutdown(socket.SHUT_RDWR)  # the reader, which closes the connection, wakes up
+        self._is_over.set()
+        self._hang_up()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _hang_up(self) -> None:
+        with contextlib.suppress(OSError):
+            self._plain.shutdown(socket.SHUT_RDWR)  # who reads or writes wakes up; the reader closes
+
+    # Messages out
 
     def _send(self, message: Mapping[str, Any], raw: Sequence[Buffer]) -> None:
         packed: bytes = msgpack.packb(message)
         with self._writing:
-            self._connection.send_bytes(packed)
+            self._plain.sendall(_length(len(packed)) + packed)
             for buffer in raw:
-                self._connection.send_bytes(buffer.data)
+                self._plain.sendall(_length(buffer.nbytes))
+                self._send_large(buffer.data)
+
+    def _send_large(self, data: memoryview) -> None:
+        while data:
+            num_sent = self._plain.send(data[:_CHUNK_BYTES])
+            self._num_taken += num_sent
+            data = data[num_sent:]
+
+    def _say(self, word: str) -> None:
+        """Sends a message that nobody waits for, if that is possible at once: else something is on its way anyway."""
+        if not self._writing.acquire(blocking=False):
+            return
+        try:
+            poll = select.poll()
+            poll.register(self._plain, select.POLLOUT)
+            if poll.poll(0):
+                packed: bytes = msgpack.packb({"word": word, "raw": 0})
+                self._plain.sendall(_length(len(packed)) + packed)
+        except (OSError, ValueError):  # the second: the socket is closed; the reader knows
+            pass
+        finally:
+            self._writing.release()
+
+    # Messages in
 
     def _read(self) -> None:
         try:
             while True:
-                message = msgpack.unpackb(self._connection.recv_bytes())
-                raw = [np.frombuffer(self._connection.recv_bytes(), np.uint8) for _ in range(message["raw"])]
-                if "call" in message:
+                message = msgpack.unpackb(self._receive().tobytes())
+                raw = [self._receive() for _ in range(message["raw"])]
+                if "word" in message:
+                    self._hear(message["word"])
+                elif "call" in message:
                     self._threads.submit(self._answer, message, raw)
                 else:
                     self._settle(message, raw)
         except (OSError, EOFError, RuntimeError):  # the last: no more threads, as it is closed
             pass
         except (ValueError, KeyError, TypeError, msgpack.exceptions.UnpackException) as error:
-            logger.warning("%s said what is no message: %s: %s", self._who, type(error).__name__, error)
+            logger.warning("%s said what is no message: %s: %s", self.who, type(error).__name__, error)
         finally:
-            self._connection.close()
-            self._plain.close()
-            self._lose()
+            self._hang_up()
+            with self._writing:
+                self._plain.close()
+            self._lose("is gone")
+
+    def _receive(self) -> Buffer:
+        (length,) = _LENGTH.unpack(self._fill(_LENGTH.size).data)
+        if length == -1:
+            (length,) = _LARGE_LENGTH.unpack(self._fill(_LARGE_LENGTH.size).data)
+        return self._fill(length)
+
+    def _fill(self, num_bytes: int) -> Buffer:
+        buffer = _allocate(num_bytes)
+        left = buffer.data
+        while left:
+            num_received = self._plain.recv_into(left)
+            if not num_received:
+                raise EOFError
+            self._num_received += num_received
+            left = left[num_received:]
+        return buffer
+
+    def _hear(self, word: str) -> None:
+        if word == "ping":
+            self._say("pong")
 
     def _answer(self, message: Mapping[str, Any], raw: Sequence[Buffer]) -> None:
         try:
@@ -122,29 +207,61 @@ class Channel:
         try:
             self._send({"number": message["number"], "raw": len(buffers), **answer}, buffers)
         except OSError:
-            self._lose()
+            self._lose("is gone")
 
     def _settle(self, message: Mapping[str, Any], raw: Sequence[Buffer]) -> None:
         future = self._calls.pop(message["number"], None)
         if future is None:
             return
         if "error" in message:
-            future.set_exception(ShardLostError(f"{self._who}: {message['error']}"))
+            future.set_exception(ShardLostError(f"{self.who}: {message['error']}"))
         else:
             future.set_result((message["values"], raw))
 
-    def _lose(self) -> None:
+    # Its end
+
+    def _watch(self, timeout_s: float) -> None:
+        """Loses the other side after so long without a sign of life.
+
+        It counts its own turns, not the time: a driver that was stopped for a while has not listened. What the other
+        side's kernel takes of a large buffer is a sign; a process that does not read has it take little.
+        """
+        turn_s = timeout_s / _SIGNS_A_TIMEOUT
+        signs, num_silent = 0, 0
+        while not self._is_over.wait(turn_s):
+            signs, before = self._num_received + self._num_taken, signs
+            num_silent = 0 if signs != before else num_silent + 1
+            if num_silent >= _SIGNS_A_TIMEOUT:
+                self._lose(f"has given no sign of life for {timeout_s:g} s")
+                self._hang_up()
+                return
+            self._say("ping")
+
+    def _lose(self, why: str) -> None:
         with self._losing:
-            was_lost, self._is_lost = self._is_lost, True
+            is_first, self._why_lost = not self._why_lost, self._why_lost or why
+        self._is_over.set()
         for number in list(self._calls):
             self._fail(number)
-        if not was_lost:
-            self._on_lost()
+        if is_first:
+            self._on_lost(why)
 
     def _fail(self, number: int) -> None:
         future = self._calls.pop(number, None)
         if future is not None:
-            future.set_exception(ShardLostError(f"{self._who} is gone"))
+            future.set_exception(ShardLostError(f"{self.who} {self._why_lost}"))
+
+
+def _length(num_bytes: int) -> bytes:
+    if num_bytes <= _MAX_LENGTH:
+        return _LENGTH.pack(num_bytes)
+    return _LENGTH.pack(-1) + _LARGE_LENGTH.pack(num_bytes)
+
+
+def _allocate(num_bytes: int) -> Buffer:
+    raw = np.empty(num_bytes + ALIGNMENT_BYTES, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT_BYTES
+    return raw[start : start + num_bytes]
 
 
 def dial(host: str, port: int, key: bytes) -> socket.socket:
@@ -159,27 +276,37 @@ class Listener:
     """Takes connections of those who know the key.
 
     Args:
+        host: where it listens, as `ps.listen.bind` has it: on this address, or on all interfaces where the address is
+            none of this machine's (a forwarded one, say).
         on_connected: called with each, on a thread of its own.
+
+    Raises:
+        ConfigError: the host has no address.
     """
 
     def __init__(self, host: str, key: bytes, on_connected: Callable[[socket.socket], None]) -> None:
         self._key = key
         self._on_connected = on_connected
-        self._socket = socket.create_server((host, 0))
-        self.port: int = self._socket.getsockname()[1]
-        self._thread = threading.Thread(target=self._accept, name="tensorspark-shard-listener", daemon=True)
-        self._thread.start()
+        self._sockets = bind(host, 0)
+        self.port: int = self._sockets[0].getsockname()[1]
+        self._threads: list[threading.Thread] = []
+        for listening in self._sockets:
+            listening.setblocking(True)
+            name = "tensorspark-shard-listener"
+            self._threads.append(threading.Thread(target=self._accept, args=(listening,), name=name, daemon=True))
+            self._threads[-1].start()
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-        self._thread.join(_HANDSHAKE_TIMEOUT_S)
-        self._socket.close()
+        for listening, thread in zip(self._sockets, self._threads, strict=True):
+            with contextlib.suppress(OSError):
+                listening.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+            thread.join(_HANDSHAKE_TIMEOUT_S)
+            listening.close()
 
-    def _accept(self) -> None:
+    def _accept(self, listening: socket.socket) -> None:
         while True:
             try:
-                plain, _ = self._socket.accept()
+                plain, _ = listening.accept()
             except OSError:
                 return
             threading.Thread(target=self._welcome, args=(plain,), daemon=True).start()
@@ -193,6 +320,9 @@ class Listener:
 def _identify(plain: socket.socket, key: bytes, *steps: Callable[[Connection, bytes], None]) -> None:
     """Has both sides prove that they know the key; closes the connection where one does not, or takes too long."""
     plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    notice_vanished_peer(plain, _VANISHED_HOST_TIMEOUT_S)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # where something was sent, keepalive says nothing
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * _VANISHED_HOST_TIMEOUT_S))
     timer = threading.Timer(_HANDSHAKE_TIMEOUT_S, plain.shutdown, [socket.SHUT_RDWR])
     timer.daemon = True
     timer.start()

@@ -80,8 +80,8 @@ class ShardedClient:
         nothing: list[int | None] = [None] * len(self._clients)
         held = nothing if holds is None else [*self._versions.get(holds, nothing)]
 
-        def pull_from(index: int, asked: Asked) -> Order:
-            return self._clients[index].pull(self._shards[index].of(out), held[index], asked)
+        def pull_from(index: int, asked: Asked, epoch: int | None = None) -> Order:
+            return self._clients[index].pull(self._shards[index].of(out), held[index], asked, epoch)
 
         indices = range(len(self._clients))
         if any(self._num_ahead):  # they have an epoch's end before them already, maybe, and are not to wait for it
@@ -92,8 +92,10 @@ class ShardedClient:
             first = self._first_order(lambda: pull_from(0, Asked.NEXT), lambda index: pull_from(index, Asked.REST))
             if first.kind is OrderKind.FINISH:
                 return first
-            asked = Asked.EVALUATE if first.kind is OrderKind.EVALUATE else Asked.NEXT
-            orders = [first, *self._in_parallel(lambda index: pull_from(index, asked), indices[1:])]
+            asked, epoch = Asked.NEXT, None
+            if first.kind is OrderKind.EVALUATE:
+                asked, epoch = Asked.EVALUATE, first.epoch
+            orders = [first, *self._in_parallel(lambda index: pull_from(index, asked, epoch), indices[1:])]
         else:
             orders = self._in_parallel(lambda index: pull_from(index, Asked.NEXT), indices)
         return self._agreed(orders)

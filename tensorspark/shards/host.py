@@ -6,14 +6,14 @@ executor, `serve` runs in a Spark task. It ends when the driver says so or is go
 
 from __future__ import annotations
 
+import os
 import pickle
+import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from tensorspark.errors import ShardLostError
 from tensorspark.history import Recorder
@@ -25,7 +25,7 @@ from tensorspark.ps.sync import SyncPlan
 from tensorspark.shards.channel import Channel, Reply, dial
 from tensorspark.weights.combiners import CombinerState, WeightCombiner
 from tensorspark.weights.compression import Compression
-from tensorspark.weights.layout import ALIGNMENT_BYTES, Buffer, WeightLayout
+from tensorspark.weights.layout import Buffer, WeightLayout
 
 _POLL_S = 0.25
 _EPOCH_POLL_S = 1.0
@@ -74,9 +74,9 @@ def serve(job: ShardJob) -> None:
     over = threading.Event()
     plain = dial(job.driver.host, job.driver.port, job.driver.key)
     host = _Host(job, job.server_host or plain.getsockname()[0], over)
-    channel = Channel(plain, "the driver", host.handlers, on_lost=over.set)
+    channel = Channel(plain, "the driver", host.handlers, on_lost=lambda why: over.set())
     try:
-        channel.call("hello", {"index": job.index})
+        channel.call("hello", {"index": job.index, "pid": os.getpid(), "host": socket.gethostname()})
         host.tell_failures(channel)
     finally:
         channel.close()
@@ -95,8 +95,9 @@ class _Host:
         self._job = job
         self._address = address
         self._over = over
-        self._combiner: WeightCombiner = pickle.loads(job.combiner)
+        self._combiner = unpickled(job.combiner)
         self._server: ParameterServer | None = None
+        self._cut: RunCheckpoint | None = None  # until it is fetched
         self.handlers = {
             "begin": self._begin,
             "request_stop": self._request_stop,
@@ -106,8 +107,10 @@ class _Host:
             "count_bytes": self._count_bytes,
             "combiner_state": self._combiner_state,
             "hold": self._hold,
-            "capture": self._capture,
+            "cut": self._make_cut,
+            "fetch": self._fetch,
             "go_on": self._go_on,
+            "answer": lambda values, raw: ({}, ()),
             "end": self._end,
         }
 
@@ -129,7 +132,7 @@ class _Host:
         job = self._job
         weights, *slots = raw
         if values["has_state"]:
-            kept = dict(zip(values["slots"], map(_aligned, slots), strict=True))
+            kept = dict(zip(values["slots"], slots, strict=True))
             self._combiner.restore_state(job.layout, CombinerState(kept, dict(values["combiner_values"])))
         self._server = ParameterServer(job.layout, self._address, **job.server)
         run = self._server.begin_run(
@@ -189,18 +192,22 @@ class _Host:
     def _hold(self, values: Mapping[str, Any], raw: Sequence[Buffer]) -> Reply:
         return {"version": self._running().hold(values["at_version"], values["timeout_s"])}, ()
 
-    def _capture(self, values: Mapping[str, Any], raw: Sequence[Buffer]) -> Reply:
-        part = self._running().capture(values["timeout_s"])
-        if part is None:
+    def _make_cut(self, values: Mapping[str, Any], raw: Sequence[Buffer]) -> Reply:
+        """Keeps a copy of the shard as it is, so that the run can go on before it is fetched."""
+        self._cut = None  # one that nobody fetched
+        self._cut = cut = self._running().capture(values["timeout_s"])
+        if cut is None:
             return {"version": None}, ()
-        state = part.combiner_state
-        described = {
-            "version": part.version,
-            "partitions": as_plain(part.partitions),
-            "combiner_values": as_plain(state.values),
-            "slots": list(state.slots),
-        }
-        return described, (part.weights, *state.slots.values())
+        num_bytes = cut.weights.nbytes + sum(slot.nbytes for slot in cut.combiner_state.slots.values())
+        return {"version": cut.version, "partitions": as_plain(cut.partitions), "num_bytes": num_bytes}, ()
+
+    def _fetch(self, values: Mapping[str, Any], raw: Sequence[Buffer]) -> Reply:
+        """The weights of the cut, and the combiner's slots behind them."""
+        cut, self._cut = self._cut, None
+        if cut is None:
+            raise ShardLostError("there is no cut to fetch")
+        slots = cut.combiner_state.slots
+        return {"slots": list(slots)}, (cut.weights, *slots.values())
 
     def _go_on(self, values: Mapping[str, Any], raw: Sequence[Buffer]) -> Reply:
         self._running().go_on()
@@ -216,12 +223,10 @@ class _Host:
         return self._server
 
 
-def _aligned(received: Buffer) -> Buffer:
-    """A copy that is the receiver's own."""
-    raw = np.empty(received.nbytes + ALIGNMENT_BYTES, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT_BYTES
-    raw[start : start + received.nbytes] = received
-    return raw[start : start + received.nbytes]
+def unpickled(combiner: bytes) -> WeightCombiner:
+    """A combiner that the driver has pickled; never anything that came over a network unasked."""
+    rule: WeightCombiner = pickle.loads(combiner)
+    return rule
 
 
 def _resumed(layout: WeightLayout, weights: Buffer, resume: Mapping[str, Any]) -> RunCheckpoint:

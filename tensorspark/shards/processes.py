@@ -7,7 +7,8 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import tensorspark
@@ -35,13 +36,18 @@ class ShardProcesses:
                 return f"the process of shard {index} (pid {process.pid}) ended with exit status {process.returncode}"
         return None
 
-    def close(self) -> None:
-        """Waits for the processes, which end when their driver's channel does, and ends those that do not."""
-        for process in self._processes:
+    def close(self, lost: Collection[int] = ()) -> None:
+        """Waits for the processes, which end when their driver's channel does, and ends those that do not.
+
+        Args:
+            lost: shards that are not waited for.
+        """
+        deadline = time.monotonic() + _END_TIMEOUT_S
+        for index, process in enumerate(self._processes, 1):
             try:
-                process.wait(_END_TIMEOUT_S)
+                process.wait(0.0 if index in lost else max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                process.kill()
+                process.kill()  # also one that is stopped
                 process.wait()
         self._processes.clear()
 

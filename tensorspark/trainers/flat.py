@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgpack
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tensorspark.data.columns import Column, Columns
 from tensorspark.trainers.base import Trainer
 from tensorspark.trainers.startup import quiet
+from tensorspark.weights.blocks import BLOCK_BYTES, is_finite
 from tensorspark.weights.layout import ALIGNMENT_BYTES, Buffer, Segment, WeightLayout
 
 with quiet():
@@ -86,14 +87,32 @@ class FlatVariables:
         """Sets the variables to what `flat` or `concat` made."""
         self._load(*flat)
 
-    def read(self, out: Buffer) -> None:
-        """Writes the variables' values to `out`."""
-        self.copy(self._read(), out)
+    def read(self) -> Sequence[tf.Tensor]:
+        """The variables' values, as `concat` makes them."""
+        values: Sequence[tf.Tensor] = self._read()
+        return values
 
     def copy(self, flat: Sequence[tf.Tensor], out: Buffer) -> None:
         """Writes what `concat` made to `out`."""
         for tensor, segment in zip(flat, self._segments, strict=True):
             segment.of(out)[...] = _array(tensor, segment)
+
+    def blocks(self, flat: Sequence[tf.Tensor], wanted: Sequence[slice]) -> Iterator[Buffer]:
+        """The bytes of what `concat` made that lie in these parts of a buffer, none of which is in two segments."""
+        for tensor, segment in zip(flat, self._segments, strict=True):
+            values = _array(tensor, segment).view(np.uint8)
+            for block in wanted:
+                if segment.start <= block.start < segment.stop:
+                    yield values[block.start - segment.start : block.stop - segment.start]
+
+    def are_finite(self, flat: Sequence[tf.Tensor]) -> bool:
+        """Whether what `concat` made holds neither NaN nor infinity."""
+        arrays = [_array(tensor, segment) for tensor, segment in zip(flat, self._segments, strict=True)]
+        return all(
+            is_finite(array[start : start + BLOCK_BYTES])
+            for array in arrays
+            for start in range(0, len(array), BLOCK_BYTES)
+        )
 
 
 class FlatTrainer(Trainer):
@@ -120,21 +139,22 @@ class FlatTrainer(Trainer):
         self._loaded = self._pending if self._reverts else None
 
     def read(self, out: Buffer) -> None:
-        self._read(out)
-        if self._loaded is not None and self.layout.find_non_finite(out) is not None:
-            self._pending, self._trained = self._loaded, None
+        self._flat.copy(self._weights(), out)
+
+    def read_blocks(self, wanted: Sequence[slice]) -> Iterator[Buffer]:
+        """See `exchange.BlockReader`; in order, none of them in two of the layout's segments."""
+        return self._flat.blocks(self._weights(), wanted)
+
+    def _weights(self) -> Sequence[tf.Tensor]:
+        at_hand = self._pending or self._trained or self._flat.read()
+        if self._loaded is not None and not self._flat.are_finite(at_hand):
+            at_hand = self._pending = self._loaded
+            self._trained = None
             self._reset_own()
-            self._read(out)
+        return at_hand
 
     def _reset_own(self) -> None:
         """Sets what is not synchronized to the driver's values."""
-
-    def _read(self, out: Buffer) -> None:
-        at_hand = self._pending or self._trained
-        if at_hand is None:
-            self._flat.read(out)
-        else:
-            self._flat.copy(at_hand, out)
 
     def _take_pending(self) -> list[tf.Tensor] | None:
         weights, self._pending = self._pending, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -102,6 +102,21 @@ class GraphTrainer(Trainer):
         views = self.layout.views(out)
         for spec, value in zip(self.layout.specs, self._read(), strict=True):
             views[spec.name][...] = value
+
+    def read_blocks(self, wanted: Sequence[slice]) -> Iterator[Buffer]:
+        """See `exchange.BlockReader`; in order."""
+        values = dict(zip((spec.name for spec in self.layout.specs), self._read(), strict=True))
+        specs = sorted(self.layout.specs, key=lambda spec: self.layout.offsets[spec.name])
+        piece = np.empty(max((block.stop - block.start for block in wanted), default=0), np.uint8)
+        for block in wanted:
+            piece[:] = 0  # where no tensor is
+            for spec in specs:
+                at = self.layout.offsets[spec.name]
+                start, stop = max(block.start, at), min(block.stop, at + spec.num_bytes)
+                if start < stop:
+                    flat = np.ascontiguousarray(values[spec.name]).reshape(-1).view(np.uint8)
+                    piece[start - block.start : stop - block.start] = flat[start - at : stop - at]
+            yield piece[: block.stop - block.start]
 
     def train(self, columns: Columns, batch_size: int) -> NDArray[np.float64]:
         sums = np.zeros(len(self.scalar_names))

@@ -12,7 +12,7 @@ Patches pay where most weights stay as they are: rows that no batch has looked u
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ _WORD_BYTES = 8
 # One unit in so many is looked at first: where most of those have changed, so have the others.
 _SAMPLED_EVERY = 32
 _COMPARED_BYTES = 2**18  # at once, so that what is compared stays in a core's cache
+_SCATTERED_BYTES = 2**18  # of a patch's units, received at once
 _INDEX = np.dtype("<u4")
 
 
@@ -103,27 +104,54 @@ class Units:
         Raises:
             ProtocolError: it is no patch of this layout; `buffer` is as it was.
         """
-        parts = list(self._read(patch))
-        for group, index, units in parts:
-            group.of(buffer)[index] = units
+        at = 0
 
-    def _read(self, patch: Buffer) -> Iterator[tuple[_Group, NDArray[np.uint32], NDArray[np.uint8]]]:
-        head_bytes = _INDEX.itemsize * len(self._groups)
-        if len(patch) < head_bytes:
-            raise ProtocolError(f"expected a patch of at least {head_bytes} bytes, got {len(patch)}")
-        counts = patch[:head_bytes].view(_INDEX).tolist()
+        def fill(part: Buffer) -> None:
+            nonlocal at
+            part[:] = patch[at : at + len(part)]
+            at += len(part)
+
+        self.receive(fill, len(patch), buffer)
+
+    def receive(self, fill: Callable[[Buffer], None], num_bytes: int, buffer: Buffer) -> None:
+        """Writes a patch of so many bytes over the units of `buffer` as it comes, so that it is nowhere whole.
+
+        Args:
+            fill: fills what it is given with the patch's next bytes; what it raises leaves `buffer` torn.
+
+        Raises:
+            ProtocolError: it is no patch of this layout; `buffer` is as it was.
+        """
+        indices = self._receive_indices(fill, num_bytes)
+        scratch = np.empty(min(num_bytes, _SCATTERED_BYTES), np.uint8)
+        for group, index in zip(self._groups, indices, strict=True):
+            units = group.of(buffer)
+            step = max(1, _SCATTERED_BYTES // group.unit_bytes)
+            for start in range(0, len(index), step):
+                some = index[start : start + step]
+                part_bytes = len(some) * group.unit_bytes
+                part = scratch[:part_bytes] if part_bytes <= len(scratch) else np.empty(part_bytes, np.uint8)
+                fill(part)
+                units[some] = part.reshape(len(some), group.unit_bytes)
+
+    def _receive_indices(self, fill: Callable[[Buffer], None], num_bytes: int) -> list[NDArray[np.uint32]]:
+        """Of each group's units in a patch; with the sum of their sizes, all that can be wrong with one."""
+        head = np.empty(_INDEX.itemsize * len(self._groups), np.uint8)
+        if num_bytes < len(head):
+            raise ProtocolError(f"expected a patch of at least {len(head)} bytes, got {num_bytes}")
+        fill(head)
+        counts = head.view(_INDEX).tolist()
         expected = sum(n * (_INDEX.itemsize + g.unit_bytes) for n, g in zip(counts, self._groups, strict=True))
-        if len(patch) != head_bytes + expected:
-            raise ProtocolError(f"expected a patch of {head_bytes + expected} bytes, got {len(patch)}")
-        index_at, units_at = head_bytes, head_bytes + _INDEX.itemsize * sum(counts)
+        if num_bytes != len(head) + expected:
+            raise ProtocolError(f"expected a patch of {len(head) + expected} bytes, got {num_bytes}")
+        indices = []
         for count, group in zip(counts, self._groups, strict=True):
-            index = patch[index_at : index_at + _INDEX.itemsize * count].view(_INDEX)
+            index = np.empty(count, _INDEX)
+            fill(index.view(np.uint8))
             if count and not (index[-1] < group.num_units and np.all(index[1:] > index[:-1])):
                 raise ProtocolError(f"expected ascending indices under {group.num_units} in a patch, got others")
-            units = patch[units_at : units_at + count * group.unit_bytes].reshape(count, group.unit_bytes)
-            yield group, index, units
-            index_at += _INDEX.itemsize * count
-            units_at += count * group.unit_bytes
+            indices.append(index)
+        return indices
 
     def _split(self, chosen: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
         return np.split(chosen, np.cumsum([group.num_units for group in self._groups])[:-1])

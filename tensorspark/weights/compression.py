@@ -18,12 +18,17 @@ class Compression:
     With "rows", a pull brings the rows of embeddings that changed since the worker's version; it is no codec then, but
     a patch (`weights.changes`).
 
+    Attributes:
+        leaves_error: whether a lossy push leaves in the pushed buffer what it lost, for the worker to add to; else its
+            client keeps that, in memory of its own.
+
     Raises:
         ConfigError: an unknown codec, or top-k for pulls.
     """
 
     push: str = "none"
     pull: str = "none"
+    leaves_error: bool = False
 
     def __post_init__(self) -> None:
         push, pull = codec_of(self.push), codec_of(self.pull)
@@ -38,6 +43,11 @@ class Compression:
     @property
     def push_codec(self) -> Codec | None:
         return codec_of(self.push)
+
+    @property
+    def is_push_lossy(self) -> bool:
+        codec = self.push_codec
+        return codec is not None and codec.is_lossy
 
     @property
     def pull_codec(self) -> Codec | None:

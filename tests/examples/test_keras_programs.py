@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
+from benchmarks.clusters.standalone import BIN
+from tests.programs import execute
+
 EXAMPLES = ("keras_mnist", "keras_pipeline", "keras_text", "keras_streaming")
-DEADLINE_S = 240
-
-
-def execute(*command: str, check: bool = True) -> str:
-    """Runs a command from the repository's root and returns what it printed; its process group ends with it."""
-    # Without PYTHONPATH, executors have of this repository what is installed: the package, not the examples.
-    kept = {name: value for name, value in os.environ.items() if name not in ("SPARK_HOME", "PYTHONPATH")}
-    digits = str(REPOSITORY / "MNIST_data")
-    process = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env={**kept, "MNIST_DATA_DIR": digits, "SPARK_LOCAL_IP": "127.0.0.1", "TF_CPP_MIN_LOG_LEVEL": "3"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=DEADLINE_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"not done after {DEADLINE_S} s:\n{output}")
-    if check:
-        assert process.returncode == 0, output
-    return output
 
 
 def figure(output: str, pattern: str) -> float:
@@ -51,7 +23,7 @@ def figure(output: str, pattern: str) -> float:
 
 @pytest.mark.slow
 def test_the_mnist_example_trains_evaluates_and_saves_the_same_model(tmp_path: Path) -> None:
-    output = execute(sys.executable, "-m", "examples.keras_mnist", "--output", str(tmp_path))
+    output = execute([sys.executable, "-m", "examples.keras_mnist", "--output", str(tmp_path)])
     assert "Training on scikit-learn digits" in output
     assert len(re.findall(r"^epoch +\d+  loss", output, re.MULTILINE)) == 10
     accuracy = figure(output, r"^test accuracy +(\d\.\d+)")
@@ -63,15 +35,15 @@ def test_the_mnist_example_trains_evaluates_and_saves_the_same_model(tmp_path: P
 
 @pytest.mark.slow
 def test_the_mnist_example_runs_by_spark_submit() -> None:
-    submit = str(Path(sys.executable).parent / "spark-submit")
-    output = execute(submit, "--master", "local[2]", "examples/keras_mnist.py", "--epochs", "4", "--staleness", "async")
+    submit = [str(BIN / "spark-submit"), "--master", "local[2]"]
+    output = execute([*submit, "examples/keras_mnist.py", "--epochs", "4", "--staleness", "async"])
     assert len(re.findall(r"^epoch +\d+  loss", output, re.MULTILINE)) == 4
     assert figure(output, r"^test accuracy +(\d\.\d+)") > 0.7
 
 
 @pytest.mark.slow
 def test_the_pipeline_example_chooses_the_network_that_can_tell_the_kinds_apart() -> None:
-    output = execute(sys.executable, "-m", "examples.keras_pipeline")
+    output = execute([sys.executable, "-m", "examples.keras_pipeline"])
     linear, hidden = (figure(output, rf"^{name} +(\d\.\d+) over the folds") for name in ("linear", "hidden"))
     assert hidden > linear + 0.2
     assert re.search(r"^chosen +hidden$", output, re.MULTILINE)
@@ -82,7 +54,7 @@ def test_the_pipeline_example_chooses_the_network_that_can_tell_the_kinds_apart(
 
 @pytest.mark.slow
 def test_the_text_example_learns_from_strings_and_numbers() -> None:
-    output = execute(sys.executable, "-m", "examples.keras_text")
+    output = execute([sys.executable, "-m", "examples.keras_text"])
     base_rate = figure(output, r"always the same answer: (\d\.\d+)")
     assert 0.4 < base_rate < 0.65
     accuracy = figure(output, r"^test accuracy +(\d\.\d+)")
@@ -94,7 +66,7 @@ def test_the_text_example_learns_from_strings_and_numbers() -> None:
 
 @pytest.mark.slow
 def test_the_streaming_example_gets_better_from_file_to_file_and_marks_another_stream() -> None:
-    output = execute(sys.executable, "-m", "examples.keras_streaming")
+    output = execute([sys.executable, "-m", "examples.keras_streaming"])
     assert len(re.findall(r"^micro-batch \d+: accuracy", output, re.MULTILINE)) == 4
     before = figure(output, r"^first file +(\d\.\d+)")
     assert before < 0.75
@@ -107,7 +79,7 @@ def test_the_streaming_example_gets_better_from_file_to_file_and_marks_another_s
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_help_names_every_option_with_its_default(name: str) -> None:
-    output = execute(sys.executable, "-m", f"examples.{name}", "--help")
+    output = execute([sys.executable, "-m", f"examples.{name}", "--help"])
     options = re.findall(r"^  (--[a-z-]+)", output, re.MULTILINE)
     assert "--workers" in options
     assert "--seed" in options
@@ -117,6 +89,6 @@ def test_help_names_every_option_with_its_default(name: str) -> None:
 
 
 def test_an_unknown_option_is_refused_before_spark_starts() -> None:
-    output = execute(sys.executable, "-m", "examples.keras_mnist", "--worker-count", "3", check=False)
+    output = execute([sys.executable, "-m", "examples.keras_mnist", "--worker-count", "3"], check=False)
     assert "unrecognized arguments: --worker-count 3" in output
     assert "Spark" not in output.replace("Spark workers", "")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorspark.errors import ConnectionLostError, LeaseLostError
+from tensorspark.errors import ConnectionLostError, LeaseLostError, TensorsparkError, WorkerFailedError
 from tensorspark.ps.client import Granted, ParameterClient, ServerAddress
 from tensorspark.ps.link import Link
 from tensorspark.ps.messages import Cursor, Push, Registration, TimeSpent
@@ -228,6 +228,56 @@ def test_a_finish_whose_answer_is_lost_is_a_finish(start: Start) -> None:
     cluster.proxy.cuts["down"] = 0
     worker.finish(TimeSpent((7,), (0.5,), step_s=1.0, sync_s=2.0))
     assert cluster.server.status().num_finished == 1
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_a_failure_is_reported_at_once_while_another_thread_waits_at_the_gate(tls: bool) -> None:
+    server = ParameterServer(LAYOUT, "127.0.0.1", tls=tls)
+    with contextlib.closing(server), ThreadPoolExecutor(1) as threads:
+        run = server.begin_run(filled(2), DeltaWeightCombiner(), 2, sync=SyncPlan(0, num_first=2, start_timeout_s=600))
+        address = ServerAddress("127.0.0.1", server.port, server.token, certificate=server.certificate)
+        with ParameterClient(address) as worker:
+            worker.register(Registration(run, 0, 1, LAYOUT.fingerprint, "here"))
+            pulled = threads.submit(worker.pull, LAYOUT.allocate())  # waits for the other worker, for minutes
+            deadline = time.monotonic() + DEADLINE_S
+            while server.status().num_waiting == 0:
+                assert time.monotonic() < deadline
+                threading.Event().wait(0.01)
+            began = time.monotonic()
+            worker.report("ValueError: bad row", "Traceback: it was on line 7")
+            assert time.monotonic() - began < 5
+            failure = server.failure()
+            assert isinstance(failure, WorkerFailedError)
+            assert "bad row" in str(failure)
+            assert "line 7" in failure.worker_traceback
+            assert isinstance(pulled.exception(DEADLINE_S), TensorsparkError)
+
+
+def test_a_failure_is_reported_after_a_connection_that_another_thread_finds_broken(start: Start) -> None:
+    cluster = start(sync=SyncPlan(0, num_first=2, start_timeout_s=600.0))
+    worker = cluster.worker()
+    with ThreadPoolExecutor(1) as threads:
+        pulled = threads.submit(worker.pull, LAYOUT.allocate())
+        cluster.wait_for(lambda: cluster.server.status().num_waiting == 1)
+        cluster.proxy.cut_all()
+        worker.report("ValueError: bad row", "Traceback")
+        cluster.wait_for(lambda: cluster.server.failure() is not None)
+        assert isinstance(pulled.exception(DEADLINE_S), TensorsparkError)
+    assert "bad row" in str(cluster.server.failure())
+
+
+def test_what_is_pulled_may_be_received_into_what_was_pushed_wherever_the_connection_is_cut(start: Start) -> None:
+    cluster = start()
+    worker = cluster.worker()
+    buffer = LAYOUT.allocate()
+    for sequence, cuts in enumerate([{"up": 9_000_000}, {"down": 17}, {"down": 9_000_000}], 1):
+        cluster.proxy.cuts.update(cuts)
+        buffer[:] = filled(10**sequence)
+        worker.push(buffer, push_of(sequence))
+        worker.pull(buffer)
+        assert values(buffer) == cluster.weights()
+    assert cluster.weights() == {2 + 10 + 100 + 1000}
+    assert cluster.server.records()[1][0].num_reconnects == 3
 
 
 def test_a_server_that_is_gone_is_an_error_in_bounded_time_that_says_where_to_look(start: Start) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tensorspark.ps.messages import (
     Accept,
+    Asked,
     Cursor,
     EpochPlan,
     Fold,
@@ -72,6 +75,42 @@ def test_who_comes_back_late_neither_evaluates_nor_trains_while_the_others_evalu
     assert state.pull(3) == []
     assert state.evaluate(2, 0, b"", 7) == [Accept(2, 1)]
     assert state.release_epoch(0, {}) == [SendSnapshot(3, OrderKind.TRAIN, 0)]
+
+
+def test_a_shards_epoch_that_is_over_is_not_waited_for_by_who_evaluates_it_late() -> None:
+    state = begun(None, validates=False)
+    merge(state, 1, 1, Cursor(0, 1))
+    state.disconnect(1, 0.0)
+    state.tick(RECOVERY_TIMEOUT_S)
+    merge(state, 2, 1, Cursor(1))
+    state.register(3, registration(0, 9), 30.0)
+    assert state.release_epoch(0, {}) == []
+    # The shard that decides has an evaluation of epoch 0 due still; here the others train the next one.
+    assert state.pull(3, Asked.EVALUATE, 0) == [SendSnapshot(3, OrderKind.EVALUATE, 0)]
+    assert state.pull(3, Asked.EVALUATE, 1) == []
+
+
+@pytest.mark.parametrize("epoch", [0, None])
+def test_an_evaluation_waits_for_the_weights_of_its_epochs_end(epoch: int | None) -> None:
+    state = begun(None, validates=False)
+    merge(state, 1, 1, Cursor(1))
+    assert state.pull(1, Asked.EVALUATE, epoch) == []
+    fold = fold_of(state, 2, 1, Cursor(1))
+    state.folded(fold, 1.0)
+    assert SendSnapshot(1, OrderKind.EVALUATE, 0) in state.published([fold], 0.0)
+
+
+def test_an_evaluation_that_comes_before_its_epoch_is_released_waits_for_its_end() -> None:
+    state = begun(None, validates=False)
+    for connection in (1, 2):
+        merge(state, connection, 1, Cursor(1))
+    assert state.pull(1, Asked.EVALUATE, 1) == []  # epoch 0 has ended here, and the driver's word is on its way
+    assert state.release_epoch(0, {}) == []
+    for connection in (1, 2):
+        fold = fold_of(state, connection, 2, Cursor(2))
+        state.folded(fold, 1.0)
+        decisions = state.published([fold], 0.0)
+    assert SendSnapshot(1, OrderKind.EVALUATE, 1) in decisions
 
 
 def test_an_evaluation_that_comes_again_is_accepted_and_counts_once_also_when_all_have_gone_on() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tensorspark.errors import ProtocolError
 from tensorspark.ps.payloads import Intake, Outlet
+from tensorspark.weights.blocks import add_scaled
 from tensorspark.weights.changes import Units
 from tensorspark.weights.codecs import codec_of
 from tensorspark.weights.compression import NO_COMPRESSION, Compression
@@ -232,6 +233,31 @@ def test_where_encoding_does_not_pay_the_values_go_with_all_that_was_left_out_be
     expected = floats(numbers(2)) + left_out
     expected[0] = np.inf
     np.testing.assert_allclose(floats(second), expected, rtol=0, atol=1e-5)
+
+
+@LOSSY
+def test_an_error_that_is_left_in_the_values_is_the_one_that_would_have_been_kept(spec: str) -> None:
+    keeping, leaving = Outlet(LAYOUT, Compression(spec)), Outlet(LAYOUT, Compression(spec, leaves_error=True))
+    values = LAYOUT.allocate()
+    for seed in range(5):
+        add_scaled(LAYOUT, numbers(seed), values, 1.0)
+        expected, num_expected = keeping.encode(numbers(seed))
+        payload, num_bytes = leaving.encode(values)
+        assert num_bytes == num_expected > 0
+        assert np.array_equal(payload, expected)
+    assert floats(values).any()
+
+
+def test_where_encoding_does_not_pay_no_error_is_left_and_the_payload_stays() -> None:
+    outlet = Outlet(LAYOUT, Compression(push="int8", leaves_error=True))
+    values = numbers(2)
+    LAYOUT.views(values)["embedding"][0, 0] = np.inf
+    sent = values.copy()
+    payload, num_bytes = outlet.encode(values)
+    assert num_bytes == 0
+    assert not values.any()
+    values[:] = numbers(3)  # what is pushed next is added up while this one is not accepted
+    assert np.array_equal(payload, sent)
 
 
 def test_nothing_that_is_lost_is_sent_twice() -> None:

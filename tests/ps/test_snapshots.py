@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tensorspark.ps import protocol
 from tensorspark.ps.buffers import BufferPool
 from tensorspark.ps.checkpoint import RunCheckpoint
 from tensorspark.ps.client import ParameterClient, ServerAddress
-from tensorspark.ps.messages import Cursor, Push, Registration
+from tensorspark.ps.messages import Cursor, Push, Registration, TimeSpent
+from tensorspark.ps.protocol import Kind
 from tensorspark.ps.server import ParameterServer
 from tensorspark.ps.snapshots import Form, SnapshotStore
 from tensorspark.ps.sync import SyncPlan
@@ -25,6 +27,7 @@ from tensorspark.weights.combiners import DeltaWeightCombiner
 from tensorspark.weights.compression import NO_COMPRESSION, Compression
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 from tests.ps.test_client import Proxy
+from tests.ps.wire import Wire
 
 # A table of 64,000 bytes, then two blocks and a rest: 12,096 bytes.
 LAYOUT = WeightLayout(
@@ -329,6 +332,49 @@ def test_a_worker_that_lost_its_connection_in_a_pull_asks_for_all(
     assert num_bytes == first + (first if direction_of_cut == "in the header" else num_whole)
 
 
+def test_a_snapshots_header_and_its_weights_begin_in_one_packet(start: Start) -> None:
+    cluster = start()
+    with Wire(cluster.server) as wire:
+        wire.register(cluster.server, cluster.run, 1)
+        for _ in range(20):
+            wire.send(Kind.PULL, {})
+            received = wire.socket.recv(2**20)
+            prefix = protocol.decode_prefix(received[: protocol.PREFIX_BYTES], protocol.FROM_SERVER, LAYOUT.num_bytes)
+            num_head_bytes = protocol.PREFIX_BYTES + prefix.header_bytes
+            assert len(received) > num_head_bytes
+            while len(received) < num_head_bytes + prefix.payload_bytes:
+                received += wire.socket.recv(2**20)
+            assert received[num_head_bytes:] == initial(LAYOUT).tobytes()
+
+
+@pytest.mark.parametrize("staleness", [0, None])
+def test_with_the_smallest_pool_and_a_codec_for_pulls_nobody_waits_for_ever(staleness: int | None) -> None:
+    num_workers, num_rounds = 3, 4
+    with (
+        ParameterServer(LARGE, "127.0.0.1", receive_buffer_bytes=1, io_timeout_s=DEADLINE_S) as server,
+        ThreadPoolExecutor(num_workers) as threads,
+    ):
+        compression = Compression(pull="bfloat16")
+        sync = SyncPlan(staleness, num_first=num_workers)
+        run = server.begin_run(filled(LARGE, 2), DeltaWeightCombiner(), num_workers, sync=sync, compression=compression)
+        address = ServerAddress("127.0.0.1", server.port, server.token, 5.0, DEADLINE_S, DEADLINE_S)
+
+        def work(partition: int) -> None:
+            weights = LARGE.allocate()
+            with ParameterClient(address, LARGE, compression) as client:
+                client.register(Registration(run, partition, 1 + partition, LARGE.fingerprint, "here"))
+                for sequence in range(1, 1 + num_rounds):
+                    version = client.pull(weights).version
+                    client.push(filled(LARGE, 1 + partition), push_of(sequence, version))
+                client.finish(TimeSpent())
+
+        for worker in [threads.submit(work, partition) for partition in range(num_workers)]:
+            worker.result(DEADLINE_S)
+        out = LARGE.allocate()
+        server.read_weights(out)
+        assert np.array_equal(out, filled(LARGE, 2 + num_rounds * (1 + 2 + 3)))
+
+
 # The store alone
 
 
@@ -392,7 +438,7 @@ def test_patches_on_their_way_take_no_more_memory_than_half_of_the_weights() -> 
     assert store.lend(0).form is Form.WHOLE
 
 
-def test_encoded_weights_stay_as_they_are_while_they_are_sent_and_are_memory_for_others_then() -> None:
+def test_encoded_weights_stay_as_they_are_while_they_are_sent_and_their_weights_need_not() -> None:
     pool = BufferPool(LAYOUT, 4 * LAYOUT.num_bytes)
     store = SnapshotStore(LAYOUT, pool, initial(LAYOUT), codec=codec_of("float16"))
     loan = store.lend(None)
@@ -415,9 +461,88 @@ def test_encoded_weights_stay_as_they_are_while_they_are_sent_and_are_memory_for
     assert np.array_equal(payload, before)
     assert not any(np.shares_memory(payload, other) for other in others)
     assert np.shares_memory(others[0], others[2])
+    assert loan.snapshot is not None
+    assert not loan.snapshot.buffer.any()  # the weights are gone: nobody reads them
     store.give_back(loan)
-    # One is current; the other three buffers are free, that of the snapshot that was read among them.
-    assert any(np.shares_memory(payload, publish(value)) for value in (6, 7))
+    assert store.current.num_encoded_pins == store.current.num_pins == 0
+    assert np.array_equal(store.current.buffer, filled(LAYOUT, 5))
+
+
+def test_encoded_copies_count_against_the_bound_of_the_pool() -> None:
+    num_buffers = 5
+    pool = BufferPool(LAYOUT, (num_buffers - 3) * LAYOUT.num_bytes)
+    store = SnapshotStore(LAYOUT, pool, initial(LAYOUT), codec=codec_of("float16"))
+    loans = []
+    for value in (3, 4):
+        loans.append(store.lend(None))
+        buffer = pool.take_now()
+        assert buffer is not None
+        buffer[:] = filled(LAYOUT, value)
+        store.publish(buffer, store.derive(buffer))
+
+    def num_free() -> int:
+        taken = []
+        while (buffer := pool.take_now()) is not None:
+            taken.append(buffer)
+        for buffer in taken:
+            pool.put_back(buffer)
+        return len(taken)
+
+    # One buffer is current, one stands for two copies (the current and the next), two for those that are being read.
+    assert num_free() == num_buffers - 4
+    assert sum(loan.buffer.nbytes for loan in loans if loan.buffer is not None) < 1.1 * LAYOUT.num_bytes
+    store.give_back(loans[0])
+    assert num_free() == num_buffers - 3
+    store.give_back(loans[1])
+    assert num_free() == num_buffers - 2
+
+
+def test_weights_that_a_codec_does_not_shorten_are_read_themselves_and_stay_as_they_are() -> None:
+    layout = WeightLayout([TensorSpec("counts", (1000,), "int64")])
+    pool = BufferPool(layout, 2 * layout.num_bytes)
+    store = SnapshotStore(layout, pool, filled(layout, 2), codec=codec_of("int8"))
+    loan = store.lend(None)
+    buffer = pool.take_now()
+    assert buffer is not None
+    buffer[:] = filled(layout, 3)
+    store.publish(buffer, store.derive(buffer))
+    assert loan.form is Form.WHOLE
+    assert loan.buffer is not None
+    assert np.array_equal(loan.buffer, filled(layout, 2))
+    store.give_back(loan)
+
+
+def test_long_patches_that_were_asked_for_before_are_made_on_the_thread_of_the_arithmetic(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = WeightLayout([TensorSpec("W", (2_000_000,), "float32")])
+    made_on: list[str] = []
+    write = Units.write
+
+    def noted_write(units: Units, buffer: Buffer, chosen: np.ndarray) -> Buffer:
+        made_on.append(threading.current_thread().name)
+        return write(units, buffer, chosen)
+
+    monkeypatch.setattr(Units, "write", noted_write)
+    cluster = start(layout=layout, weights=filled(layout, 2), sync=SyncPlan(0, num_first=2))
+    workers = [cluster.worker(0), cluster.worker(1)]
+    change = layout.allocate()
+    layout.views(change)["W"][:500_000] = 1  # 2 MB of 8
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(4):
+            for pulled in [threads.submit(worker.pull) for worker in workers]:
+                pulled.result(DEADLINE_S)
+            for worker in workers:
+                worker.push(change)
+        for pulled in [threads.submit(worker.pull) for worker in workers]:
+            pulled.result(DEADLINE_S)
+    loop, *others = made_on  # the first time nobody knew that they would ask
+    assert len(others) == 3
+    assert loop not in others
+    assert len(set(others)) == 1
+    for worker in workers:
+        assert np.array_equal(worker.weights, cluster.weights())
+    assert cluster.num_pulled(workers[0]) < 2.2 * layout.num_bytes  # whole once, then a quarter four times
 
 
 # Held between two rounds

@@ -32,14 +32,16 @@ class Pair:
 
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
         self.lost: list[str] = []
+        self.reasons: list[str] = []
         self.is_lost = threading.Semaphore(0)
         self.near_socket, self.far_socket = socket.socketpair()
         self.near = Channel(self.near_socket, "the shard", {"whoami": _name("near")}, self._on_lost("near"))
         self.far = Channel(self.far_socket, "the driver", handlers, self._on_lost("far"))
 
-    def _on_lost(self, name: str) -> Callable[[], None]:
-        def on_lost() -> None:
+    def _on_lost(self, name: str) -> Callable[[str], None]:
+        def on_lost(why: str) -> None:
             self.lost.append(name)
+            self.reasons.append(why)
             self.is_lost.release()
 
         return on_lost
@@ -156,6 +158,7 @@ def test_when_either_side_closes_open_calls_fail_and_both_sides_know(start: Star
         with pytest.raises(ShardLostError, match="the shard is gone"):
             call.result(DEADLINE_S)
     assert sorted(pair.lost) == ["far", "near"]
+    assert pair.reasons == ["is gone", "is gone"]
     with pytest.raises(ShardLostError, match="the shard is gone"):
         pair.near.call("whoami").result(0)
     pair.near.close()  # again
@@ -185,6 +188,85 @@ def test_an_answer_to_nothing_harms_nobody() -> None:
             assert call.result(DEADLINE_S) == ({"late": 1}, [])
     finally:
         near.close()
+
+
+# Signs of life
+
+SILENCE_S = 0.5
+
+
+class Watched:
+    """A channel that wants signs of life, and the other end of its connection, which the test plays."""
+
+    def __init__(self) -> None:
+        near, self.far = socket.socketpair()
+        self.is_lost = threading.Event()
+        self.why = ""
+        self.near = Channel(near, "the shard", on_lost=self._on_lost, silence_timeout_s=SILENCE_S)
+
+    def _on_lost(self, why: str) -> None:
+        self.why = why
+        self.is_lost.set()
+
+    def close(self) -> None:
+        self.near.close()
+        self.far.close()
+
+
+@pytest.fixture
+def watched() -> Iterator[Watched]:
+    opened = Watched()
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("num_bytes", [0, 2**27])
+def test_who_gives_no_sign_of_life_is_lost_though_the_connection_stands(watched: Watched, num_bytes: int) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        called = threads.submit(watched.near.call, "take", {}, [buffer(num_bytes)])  # which it does not read
+        assert watched.is_lost.wait(DEADLINE_S)
+        with pytest.raises(ShardLostError, match=r"^the shard has given no sign of life for 0\.5 s$"):
+            called.result(DEADLINE_S).result(DEADLINE_S)
+    assert watched.why == "has given no sign of life for 0.5 s"
+
+
+def test_who_sends_a_large_message_slowly_is_not_lost(watched: Watched) -> None:
+    watched.far.sendall((100).to_bytes(4, "big"))
+    for _ in range(15):
+        watched.far.sendall(b"x")
+        assert not watched.is_lost.wait(SILENCE_S / 5)
+
+
+def test_who_takes_a_large_message_slowly_is_not_lost(watched: Watched) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        called = threads.submit(watched.near.call, "take", {}, [buffer(2**24)])
+        for _ in range(15):
+            watched.far.recv(2**19)
+            assert not watched.is_lost.wait(SILENCE_S / 5)
+        watched.near.close()
+        called.result(DEADLINE_S)
+
+
+def test_who_is_busy_with_all_threads_is_not_lost() -> None:
+    may_answer = threading.Event()
+
+    def hang(values: Mapping[str, Any], raw: Sequence[Buffer]) -> Reply:
+        may_answer.wait(DEADLINE_S)
+        return {}, ()
+
+    near_socket, far_socket = socket.socketpair()
+    is_lost = threading.Event()
+    far = Channel(far_socket, "the driver", {"hang": hang})
+    near = Channel(near_socket, "the shard", on_lost=lambda why: is_lost.set(), silence_timeout_s=SILENCE_S)
+    try:
+        calls = [near.call("hang") for _ in range(20)]
+        assert not is_lost.wait(4 * SILENCE_S)
+        may_answer.set()
+        for call in calls:
+            assert call.result(DEADLINE_S) == ({}, [])
+    finally:
+        near.close()
+        far.close()
 
 
 # Who may connect
@@ -225,6 +307,24 @@ def test_who_knows_the_key_is_let_in_and_can_be_spoken_with(door: Door) -> None:
     finally:
         ours.close()
         theirs.close()
+
+
+def test_a_listener_may_advertise_an_address_that_is_none_of_this_machines() -> None:
+    arrived: list[socket.socket] = []
+    is_there = threading.Event()
+
+    def on_connected(plain: socket.socket) -> None:
+        arrived.append(plain)
+        is_there.set()
+
+    listener = Listener("192.0.2.1", KEY, on_connected)  # of a network that is for documents only (RFC 5737)
+    try:
+        with dial("127.0.0.1", listener.port, KEY):
+            assert is_there.wait(DEADLINE_S)
+    finally:
+        listener.close()
+        for plain in arrived:
+            plain.close()
 
 
 @pytest.mark.parametrize("key", [b"", b"k" * 31, b"x" * 32])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -27,16 +28,18 @@ from tensorspark.ps.client import ParameterClient, ServerAddress
 from tensorspark.ps.messages import Asked, Cursor, EpochPlan, OrderKind, Push, Registration, TimeSpent
 from tensorspark.ps.server import ParameterServer
 from tensorspark.ps.sync import SyncPlan
+from tensorspark.shards.channel import Reply
 from tensorspark.shards.client import ShardedClient
+from tensorspark.shards.fleet import Fleet, deadline_after
 from tensorspark.shards.host import ShardJob, serve
 from tensorspark.shards.processes import ShardProcesses
-from tensorspark.shards.server import Endpoint, ShardedServer
+from tensorspark.shards.sharded_server import Endpoint, ShardedServer
 from tensorspark.weights.averaging import MeanDeltaCombiner
-from tensorspark.weights.combiners import DeltaWeightCombiner, UpdateMeanWeightCombiner, WeightCombiner
+from tensorspark.weights.combiners import CombinerState, DeltaWeightCombiner, UpdateMeanWeightCombiner, WeightCombiner
 from tensorspark.weights.compression import NO_COMPRESSION, Compression
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
+from tensorspark.weights.ranges import Shard, split
 from tensorspark.weights.server_optimizers import ServerAdam, ServerSGD
-from tensorspark.weights.shards import Shard, split
 
 LAYOUT = WeightLayout(
     [
@@ -93,7 +96,7 @@ class ShardThreads:
     def failure(self) -> str | None:
         return next((f"a shard ended: {served}" for served in self._served if served.done()), None)
 
-    def close(self) -> None:
+    def close(self, lost: Collection[int] = ()) -> None:
         for served in self._served:
             served.result(DEADLINE_S)
         self._threads.shutdown()
@@ -475,13 +478,17 @@ def test_captures_of_several_threads_at_once_are_one_cut_each(start: Start) -> N
     assert values(cluster.weights()) == {2 + 100 * 3}
 
 
-def test_a_capture_that_does_not_come_about_in_time_leaves_nothing_held(start: Start) -> None:
+def test_a_capture_that_does_not_come_about_in_time_leaves_nothing_held_and_is_told(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
     cluster = start().begin(filled(2), sync=BULK)
     first, second = cluster.worker(0), cluster.worker(1)
     all_of(cluster.threads.submit(first.pull), cluster.threads.submit(second.pull))
     first.push(filled(1))  # of a round that the second leaves open
     wait_for(lambda: cluster.server.records()[1][0].num_bytes_pushed == LAYOUT.num_bytes)
     assert cluster.server.capture(0.3) is None
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said.startswith("no checkpoint was made: shard 0, 1, 2 did not come to the end of a round within 0.3 s")
     second.push(filled(2))
     all_of(cluster.threads.submit(first.add, 1, 3), cluster.threads.submit(second.add, 2, 3))
     assert check_cut(cluster.capture(), 3.0) == 4
@@ -544,6 +551,27 @@ def test_a_worker_that_comes_between_two_rounds_of_the_shards_is_in_no_cut_in_pa
     while worker.sequence < 2:
         worker.add(10, 1)
     assert values(resumed.weights()) == {22}
+
+
+def test_workers_go_on_while_the_parts_of_a_capture_are_fetched(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = start(2).begin(filled(2), sync=BULK)
+    workers = [cluster.worker(0), cluster.worker(1)]
+    is_fetching, may_fetch = threading.Event(), threading.Event()
+    ask_one = Fleet.ask_one
+
+    def ask_one_later(self: Fleet, position: int, name: str, num_bytes: int) -> Reply:
+        is_fetching.set()
+        assert may_fetch.wait(DEADLINE_S)
+        return ask_one(self, position, name, num_bytes)
+
+    monkeypatch.setattr(Fleet, "ask_one", ask_one_later)
+    all_of(*(cluster.threads.submit(worker.add, 1 + worker.partition, 2) for worker in workers))
+    captured = cluster.threads.submit(cluster.capture)
+    assert is_fetching.wait(DEADLINE_S)
+    all_of(*(cluster.threads.submit(worker.add, 1 + worker.partition, 3) for worker in workers))
+    may_fetch.set()
+    assert check_cut(captured.result(DEADLINE_S), 3.0) == 2
+    assert values(cluster.weights()) == {2 + 5 * 3}
 
 
 # Goes on
@@ -674,6 +702,81 @@ def test_a_shard_that_is_killed_is_found_within_seconds_and_named(start: Start) 
     cluster.server.stop_run()
     cluster.server.close()
     assert other.wait(DEADLINE_S) == 0
+
+
+@pytest.mark.parametrize("is_pulling", [True, False])
+def test_a_shard_that_is_stopped_is_found_within_seconds_and_named(start: Start, is_pulling: bool) -> None:
+    cluster = start(hosts=ShardProcesses).begin(filled(2), sync=BULK)
+    worker = cluster.worker(0) if is_pulling else None
+    pull = worker and cluster.threads.submit(worker.pull)  # at the gate
+    (hosts,) = cluster.hosts
+    other, victim = hosts._processes
+    os.kill(victim.pid, signal.SIGSTOP)
+    failure = wait_for_failure(cluster, 12)
+    assert isinstance(failure, ShardLostError)
+    expected = rf"shard 2 \(process {victim.pid} on \S+\) has given no sign of life for 10 s: the part .*restore"
+    assert re.search(expected, str(failure))
+    assert str(cluster.sharded.lost_shard()) == str(failure)
+    began = time.monotonic()
+    assert cluster.server.capture(5.0) is None
+    with pytest.raises(ShardLostError, match="no sign of life"):
+        cluster.weights()
+    cluster.server.stop_run()
+    cluster.server.close()
+    assert time.monotonic() - began < 5
+    assert (other.returncode, victim.returncode) == (0, -signal.SIGKILL)
+    if pull:
+        with pytest.raises((RunStoppedError, ConnectionError)):
+            pull.result(DEADLINE_S)
+
+
+def test_no_shard_is_lost_while_all_give_signs_of_life(start: Start) -> None:
+    cluster = start(hosts=ShardProcesses).begin(filled(2))
+    assert cluster.sharded.lost_shard() is None
+
+
+def test_an_answer_that_takes_too_long_names_the_shard_and_what_to_do(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = start(2, hosts=ShardProcesses).begin(filled(2), sync=BULK, epochs=EpochPlan(1, validates=False))
+    monkeypatch.setattr("tensorspark.shards.fleet._CALL_TIMEOUT_S", 0.1)
+    cluster.sharded._epoch_ended = 0  # the shard waits for its pushes, which do not come
+    with pytest.raises(ShardLostError, match=r"shard 1 \(process .*\) lives, but has not done 'read' within 1 s"):
+        cluster.weights()
+
+
+def test_what_a_shard_may_take_grows_with_the_bytes() -> None:
+    now = time.monotonic()
+    assert deadline_after(10**10) - now == pytest.approx(60 + 1000, abs=1)
+    assert deadline_after() - now == pytest.approx(60, abs=1)
+
+
+def test_a_combiners_slots_travel_to_their_shard_alone(start: Start) -> None:
+    combiner = ServerSGD(0.5, momentum=0.9)
+    slot = numbers()
+    combiner.restore_state(LAYOUT, CombinerState({"momentum": slot}))
+    jobs: list[ShardJob] = []
+
+    def hosts(given: Sequence[ShardJob]) -> ShardThreads:
+        jobs.extend(given)
+        return ShardThreads(given)
+
+    cluster = start(3, combiner, hosts).begin(filled(2))
+    assert max(len(job.combiner) for job in jobs) < 2000 < LAYOUT.num_bytes
+    assert combiner.state().slots["momentum"] is slot
+    captured = cluster.capture()
+    assert np.array_equal(captured.combiner_state.slots["momentum"], numbers())
+
+
+def test_a_combiner_that_served_another_model_begins_anew_as_on_one_server(start: Start) -> None:
+    def used() -> WeightCombiner:
+        combiner = ServerSGD(0.5, momentum=0.9)
+        other = WeightLayout([TensorSpec("w", (5,), "float32")])
+        combiner.restore_state(other, CombinerState({"momentum": np.full(other.num_bytes, 1, np.uint8)}))
+        return combiner
+
+    expected = train(start(1, used()).begin(numbers(), sync=BULK), 4)
+    assert np.array_equal(train(start(3, used()).begin(numbers(), sync=BULK), 4), expected)
 
 
 def test_a_combiner_that_raises_in_a_shard_is_an_error_of_the_combiner(start: Start) -> None:

@@ -266,6 +266,30 @@ def test_the_patch_that_the_damaged_ones_are_made_of_is_whole() -> None:
     assert np.array_equal(weights, expected)
 
 
+def test_a_patch_that_is_received_is_never_whole_in_memory() -> None:
+    layout = WeightLayout([TensorSpec("table", (40_000, 16), "float32"), TensorSpec("W", (100_000,), "float32")])
+    old, new = numbers(layout), numbers(layout, seed=8)
+    units = Units(layout, by_row=True)
+    flags = np.arange(units.num_units) % 3 > 0
+    patch = units.write(new, flags)
+    parts: list[int] = []
+
+    def fill(part: Buffer) -> None:
+        at = sum(parts)
+        parts.append(len(part))
+        part[:] = patch[at : at + len(part)]
+
+    by_pieces, at_once = old.copy(), old.copy()
+    units.receive(fill, len(patch), by_pieces)
+    units.apply(patch, at_once)
+    assert sum(parts) == len(patch) > 6 * 2**18
+    assert max(parts) <= 2**18
+    assert np.array_equal(by_pieces, at_once)
+    changed = np.flatnonzero(flags[:40_000])
+    assert np.array_equal(layout.views(by_pieces)["table"][changed], layout.views(new)["table"][changed])
+    assert np.array_equal(layout.views(by_pieces)["table"][::3], layout.views(old)["table"][::3])
+
+
 @given(position=st.integers(0, 23), bit=st.integers(0, 7), num_cut=st.integers(0, 30))
 def test_whatever_hits_a_patchs_head_it_is_applied_whole_or_not_at_all(position: int, bit: int, num_cut: int) -> None:
     damaged = bytearray(GOOD[: len(GOOD) - num_cut])

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tensorspark.weights import shards as module
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
-from tensorspark.weights.shards import Shard, split
+from tensorspark.weights.ranges import Shard, split
 
 MIN_BYTES = 4096
 

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import pickle
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from tensorspark.errors import SessionClosedError, ShardLostError, TensorsparkError
+from tensorspark.errors import ShardLostError, TensorsparkError
 from tensorspark.history import Point, WorkerReport
-from tensorspark.ps.checkpoint import CheckpointPart, RunCheckpoint
+from tensorspark.ps.checkpoint import RunCheckpoint
 from tensorspark.ps.link import ServerAddress
-from tensorspark.ps.messages import EpochEnd, EpochPlan, PartitionProgress, Status
-from tensorspark.ps.records import build
+from tensorspark.ps.messages import EpochEnd, EpochPlan, Status
 from tensorspark.ps.server import ParameterServer
 from tensorspark.ps.sync import SyncPlan
 from tensorspark.shards.channel import Reply
+from tensorspark.shards.cuts import Cuts
 from tensorspark.shards.fleet import Fleet, Hosts
 from tensorspark.shards.host import ShardJob
+from tensorspark.shards.parts import joined_slots, parts_of
 from tensorspark.shards.places import ShardPlace
 from tensorspark.weights.combiners import CombinerState, WeightCombiner
 from tensorspark.weights.compression import NO_COMPRESSION, Compression
 from tensorspark.weights.layout import Buffer, WeightLayout
-from tensorspark.weights.shards import Shard
+from tensorspark.weights.ranges import Shard
 
-logger = logging.getLogger(__name__)
-_START_TIMEOUT_S = 60.0
-_CALL_TIMEOUT_S = 60.0
-_ALIGN_TIMEOUT_S = 10.0
+_CAPTURE_TIMEOUT_S = 60.0
 _ASYNCHRONOUS = SyncPlan()
 
 
@@ -102,11 +94,10 @@ class ShardedServer:
         self._listen_host = listen_host
         self._shards_host = shards_host
         self._fleet: Fleet | None = None
+        self._cuts: Cuts | None = None
         self._epoch_ended: int | None = None  # and not released
         self._combiner: WeightCombiner | None = None
         self._own_combiner: WeightCombiner | None = None  # the first shard's copy
-        self._is_bulk = False
-        self._capturing = threading.Lock()
 
     def __repr__(self) -> str:
         return f"ShardedServer(num_shards={len(self.shards)}, primary={self._primary!r})"
@@ -144,15 +135,15 @@ class ShardedServer:
             ShardLostError: a shard's process did not start.
         """
         self._end_fleet()
-        self._combiner, self._is_bulk, self._epoch_ended = combiner, sync.is_bulk, None
-        parts = [self._part(shard, combiner, resume, index) for index, shard in enumerate(self.shards)]
+        self._combiner, self._epoch_ended = combiner, None
+        parts = parts_of(self.layout, self.shards, combiner, resume, self._dumps)
         jobs = [
             ShardJob(
                 index=index,
                 server_host=self._shards_host,
                 server=self._server,
                 layout=part.shard.layout,
-                combiner=self._dumps(part.combiner),
+                combiner=part.combiner,
                 num_partitions=num_partitions,
                 sync=sync,
                 compression=compression,
@@ -163,18 +154,17 @@ class ShardedServer:
         self._fleet = fleet = Fleet(self._listen_host, jobs, self._start)
         begun = fleet.begin([(part.shard.of(weights), part.state, part.resume) for part in parts[1:]])
         own = parts[0]
-        self._own_combiner = own.combiner
-        if own.state.slots or own.state.values:
-            own.combiner.restore_state(own.shard.layout, own.state)
+        self._own_combiner = own_combiner = own.own_combiner()
         run = self._primary.begin_run(
             own.shard.of(weights),
-            own.combiner,
+            own_combiner,
             num_partitions,
             sync=sync,
             resume=own.resume,
             epochs=epochs,
             compression=compression,
         )
+        self._cuts = Cuts(self.layout, self.shards, combiner, self._primary, fleet, is_bulk=sync.is_bulk)
         endpoints: list[Endpoint] = [self._primary]
         endpoints += [_OtherEndpoint(it["host"], it["port"], it["token"], it["certificate"]) for it in begun]
         runs = [run, *(it["run"] for it in begun)]
@@ -199,8 +189,8 @@ class ShardedServer:
         return end
 
     def release_epoch(self, epoch: int, values: Mapping[str, float], *, finish: bool = False) -> None:
-        """As `ParameterServer.release_epoch`; not while a capture goes on, which would have it in a part of its cut."""
-        with self._capturing:
+        """As `ParameterServer.release_epoch`; not while the shards stand for a cut, of which some would have it."""
+        with contextlib.nullcontext() if self._cuts is None else self._cuts.standing:
             self._epoch_ended = None
             self._tell("release_epoch", {"epoch": epoch, "finish": finish})
             self._primary.release_epoch(epoch, values, finish=finish)
@@ -212,6 +202,13 @@ class ShardedServer:
         """What went wrong first: in the run, as `ParameterServer.failure`, or with a shard."""
         failure = self._primary.failure()
         return failure if failure is not None or self._fleet is None else self._fleet.failure()
+
+    def lost_shard(self) -> ShardLostError | None:
+        """The shard that is gone, which workers may notice before the driver does.
+
+        Waits until every shard has given a sign of life, or has not for too long: seconds.
+        """
+        return None if self._fleet is None else self._fleet.lost()
 
     def records(self) -> tuple[tuple[Point, ...], tuple[WorkerReport, ...]]:
         """As the first shard's, with the bytes of all."""
@@ -232,30 +229,18 @@ class ShardedServer:
     def read_weights(self, out: Buffer) -> int:
         """As `ParameterServer.read_weights`; the version is the first shard's. At the end of an epoch, its weights."""
         version = self._primary.read_weights(self.shards[0].of(out))
-        for shard, (_, raw) in zip(self.shards[1:], self._ask("read", {"epoch": self._epoch_ended}), strict=True):
+        answers = self._ask("read", {"epoch": self._epoch_ended}, self.layout.num_bytes)
+        for shard, (_, raw) in zip(self.shards[1:], answers, strict=True):
             shard.of(out)[:] = raw[0]
         return version
 
-    def capture(self, timeout_s: float = _CALL_TIMEOUT_S) -> RunCheckpoint | None:
+    def capture(self, timeout_s: float = _CAPTURE_TIMEOUT_S) -> RunCheckpoint | None:
         """As `ParameterServer.capture`: one cut through all shards where the run is bulk-synchronous.
 
-        Where the shards do not stand at the same pushes, `RunCheckpoint.parts` has each shard's cursors.
+        Shards stand until each has copied its part; these are fetched while they go on. Where the shards do not stand
+        at the same pushes, `RunCheckpoint.parts` has each shard's cursors.
         """
-        with self._capturing:
-            deadline = time.monotonic() + timeout_s
-            try:
-                if not self._hold(deadline):
-                    return None
-                answers = self._request("capture", {"timeout_s": timeout_s})
-                first = self._primary.capture(max(0.0, deadline - time.monotonic()))
-                others = self._wait(answers, deadline)
-            except (ShardLostError, SessionClosedError):
-                return None  # `failure` says so
-            finally:
-                self._go_on()
-            if first is None or any(values["version"] is None for values, _ in others):
-                return None
-            return self._joined(first, others)
+        return None if self._cuts is None else self._cuts.capture(timeout_s)
 
     def end_run(self) -> None:
         """Ends the other shards, whose weights have been read; the combiner has what they have seen."""
@@ -270,12 +255,11 @@ class ShardedServer:
         state = first.state()
         if not state.slots and not state.values:
             return
-        slots = {name: [slot] for name, slot in state.slots.items()}
-        for values, raw in self._ask("combiner_state"):
-            for name, slot in zip(values["slots"], raw, strict=True):
-                slots.setdefault(name, []).append(slot)
-        joined = {name: np.concatenate(each) for name, each in slots.items()}
-        combiner.restore_state(self.layout, CombinerState(joined, dict(state.values)))
+        num_bytes = len(state.slots) * self.layout.num_bytes
+        slots: list[Mapping[str, Buffer]] = [state.slots]
+        for values, raw in self._ask("combiner_state", num_bytes=num_bytes):
+            slots.append(dict(zip(values["slots"], raw, strict=True)))
+        combiner.restore_state(self.layout, CombinerState(joined_slots(slots), dict(state.values)))
 
     def close(self) -> None:
         """Ends all shards. Idempotent."""
@@ -284,117 +268,22 @@ class ShardedServer:
         finally:
             self._primary.close()
 
-    # One cut
-
-    def _hold(self, deadline: float) -> bool:
-        """Stops all shards between two rounds, in a bulk-synchronous run between the same two; whether in time."""
-        versions = self._hold_at(0, deadline)
-        if self._is_bulk and None not in versions and len(set(versions)) > 1:
-            # Whoever pushed that round to one shard has pushed it to all. If a worker came between two rounds, that is
-            # not so: then they stay apart, and the parts have cursors of their own.
-            newest = max(version for version in versions if version is not None)
-            if None in self._hold_at(newest, min(deadline, time.monotonic() + _ALIGN_TIMEOUT_S)):
-                versions = self._hold_at(0, deadline)
-        return None not in versions
-
-    def _hold_at(self, version: int, deadline: float) -> list[int | None]:
-        timeout_s = max(0.0, deadline - time.monotonic())
-        answers = self._request("hold", {"at_version": version, "timeout_s": timeout_s})
-        own = self._primary.hold(version, timeout_s)
-        return [own, *(values["version"] for values, _ in self._wait(answers, deadline))]
-
-    def _go_on(self) -> None:
-        with contextlib.suppress(ShardLostError, SessionClosedError):
-            answers = self._request("go_on")
-            self._primary.go_on()
-            self._wait(answers, time.monotonic() + _CALL_TIMEOUT_S)
-
-    def _joined(self, first: RunCheckpoint, others: Sequence[Reply]) -> RunCheckpoint:
-        assert self._combiner is not None
-        weights = self.layout.allocate()
-        self.shards[0].of(weights)[:] = first.weights
-        slots = {name: [slot] for name, slot in first.combiner_state.slots.items()}
-        parts = [CheckpointPart(self.shards[0].stop, first.version, first.partitions)]
-        for shard, (values, (part, *part_slots)) in zip(self.shards[1:], others, strict=True):
-            shard.of(weights)[:] = part
-            for name, slot in zip(values["slots"], part_slots, strict=True):
-                slots.setdefault(name, []).append(slot)
-            partitions = build(tuple[PartitionProgress, ...], values["partitions"], "a shard's partitions")
-            parts.append(CheckpointPart(shard.stop, values["version"], partitions))
-        return replace(
-            first,
-            layout=self.layout,
-            weights=weights,
-            combiner=type(self._combiner).__name__,
-            combiner_settings=self._combiner.settings,
-            combiner_state=CombinerState(
-                {name: np.concatenate(each) for name, each in slots.items()}, first.combiner_state.values
-            ),
-            parts=() if len({_pushes(part) for part in parts}) == 1 else tuple(parts),
-        )
-
     # The other shards
 
-    def _request(self, name: str, values: Mapping[str, Any] | None = None) -> list[Future[Reply]]:
-        return [] if self._fleet is None else self._fleet.request(name, values)
-
-    def _wait(self, answers: Sequence[Future[Reply]], deadline: float) -> list[Reply]:
-        try:
-            return [answer.result(max(0.0, deadline - time.monotonic()) + 1.0) for answer in answers]
-        except FutureTimeoutError as error:
-            raise ShardLostError("a shard did not answer in time") from error
-
-    def _ask(self, name: str, values: Mapping[str, Any] | None = None) -> list[Reply]:
-        return self._wait(self._request(name, values), time.monotonic() + _CALL_TIMEOUT_S)
+    def _ask(self, name: str, values: Mapping[str, Any] | None = None, num_bytes: int = 0) -> list[Reply]:
+        return [] if self._fleet is None else self._fleet.ask(name, values, num_bytes)
 
     def _tell(self, name: str, values: Mapping[str, Any] | None = None) -> None:
         """Calls without waiting: a shard that is gone is found by `failure`."""
-        self._request(name, values)
+        if self._fleet is not None:
+            self._fleet.request(name, values)
 
     def _end_fleet(self) -> None:
+        self._cuts = None
         fleet, self._fleet = self._fleet, None
         if fleet is not None:
             fleet.close()
 
-    def _part(self, shard: Shard, combiner: WeightCombiner, resume: RunCheckpoint | None, index: int) -> _Part:
-        rule = pickle.loads(self._dumps(combiner.for_range(self.layout, shard.start, shard.stop)))
-        return _Part(shard, rule, _part_of(combiner.state(), shard), _resume_of(resume, self.shards, index))
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What a shard begins a run with."""
-
-    shard: Shard
-    combiner: WeightCombiner
-    state: CombinerState
-    resume: RunCheckpoint | None
-
 
 AnyServer = ParameterServer | ShardedServer
 """What serves a session's weights."""
-
-
-def _pushes(part: CheckpointPart) -> tuple[int, ...]:
-    return tuple(progress.sequence for progress in part.partitions)
-
-
-def _part_of(state: CombinerState, shard: Shard) -> CombinerState:
-    """A combiner's state for a shard; slots may be shorter than the weights, where only the first tensors have any."""
-    slots = {name: shard.of(slot) for name, slot in state.slots.items()}
-    return CombinerState({name: slot for name, slot in slots.items() if slot.nbytes}, dict(state.values))
-
-
-def _resume_of(resume: RunCheckpoint | None, shards: Sequence[Shard], index: int) -> RunCheckpoint | None:
-    """Where a restored run's shard stood."""
-    if resume is None:
-        return None
-    if [part.stop for part in resume.parts] == [shard.stop for shard in shards]:
-        part = resume.parts[index]
-        resume = replace(resume, version=part.version, partitions=part.partitions)
-    else:
-        resume = resume.without_parts()
-    if not index:
-        return resume
-    partitions = [replace(p, epoch_totals=b"", evaluation_totals=b"") for p in resume.partitions]
-    return replace(resume, partitions=tuple(partitions))
