@@ -227,7 +227,7 @@ def _run_tasks(spark_context: Any, request: Mapping[str, Any], num_tasks: int, t
 
 
 def _make_task(request: Mapping[str, Any]) -> Callable[[Iterable[Any]], Iterator[Report]]:
-    """As `probe.make_probe`, and pickled by value as well; who reaches the driver then looks for the shards."""
+    """As `probe.make_probe`, and pickled by value as well; who has tensorspark then looks for the shards, too."""
     task, name, addresses = probe.make_probe(request), _SHARDS_REACHABLE, request["shards"]
     if not addresses:
         return task

@@ -6,9 +6,9 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tensorspark.errors import ConnectionLostError, ProtocolError, ServerUnreachableError, TransportError
 from tensorspark.ps import headers, protocol
@@ -118,6 +118,23 @@ class ParameterClient:
         with self._turn:
             return self._persist(pull)
 
+    def rest(self) -> None:
+        """Tells the server that the worker waits for another shard, and the end of the epoch is not to wait for it.
+
+        Pushes may be accepted before it is answered, or only later.
+        """
+
+        def rest() -> None:
+            self._link.send(Kind.PULL, headers.pull_header(None, Asked.REST))
+            while True:
+                kind, header, _ = self._link.receive_any((Kind.SNAPSHOT, Kind.ACCEPTED))
+                if kind is Kind.SNAPSHOT:
+                    return
+                self._take_acceptance(header)
+
+        with self._turn:
+            self._persist(rest)
+
     def push(self, weights: Buffer, push: Push) -> None:
         """Sends weights or a delta, as the run's combiner wants them.
 
@@ -188,9 +205,9 @@ class ParameterClient:
         deadline = time.monotonic() + self._address.io_timeout_s + self._address.reconnect_timeout_s
         while True:
             if self._holder is not None and self._holder is not told:
-                told = self._holder
                 with contextlib.suppress(TransportError):
-                    told.send(Kind.FAIL, header)
+                    if self._holder.interject(Kind.FAIL, header, _RECONNECTED_S):
+                        told = self._holder
             if self._turn.acquire(timeout=_RECONNECTED_S):
                 break
             if time.monotonic() > deadline:
@@ -228,9 +245,12 @@ class ParameterClient:
 
     def _read_acceptances(self) -> None:
         while self._unanswered:
-            sequence = protocol.count(self._link.receive(Kind.ACCEPTED)[0], "sequence")
-            if sequence != self._unanswered.pop(0)[0].sequence:
-                raise ProtocolError(f"expected another push to be accepted next, got {sequence}")
+            self._take_acceptance(self._link.receive(Kind.ACCEPTED)[0])
+
+    def _take_acceptance(self, header: Mapping[str, Any]) -> None:
+        sequence = protocol.count(header, "sequence")
+        if not self._unanswered or sequence != self._unanswered.pop(0)[0].sequence:
+            raise ProtocolError(f"expected another push to be accepted next, got {sequence}")
 
     # When the connection breaks
 
@@ -263,6 +283,8 @@ class ParameterClient:
             backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
             try:
                 self._link = Link(self._address)
+                if self._closing.is_set():  # `close` may have seen the one before, and nobody would close this one
+                    raise lost
                 if self._is_granted:
                     self._repeat(self._register())
                 return

@@ -144,6 +144,12 @@ class Epochs:
         """Whether the partition has trained its rows of all that is released."""
         return self.plan is not None and partition.cursor.epoch > self.number
 
+    def may_evaluate(self, epoch: int | None) -> bool:
+        """Whether one who was ordered to by another shard has the weights for it now; None: of the epoch that is."""
+        if epoch is not None and epoch < self.number:  # too late to count: any weights will do
+            return True
+        return self.is_complete and epoch in (None, self.number)
+
     def order_for(self, partition: Partition) -> OrderKind | None:
         """What the partition's worker is to do, if the gate lets it; None: to wait."""
         if self.is_finishing:

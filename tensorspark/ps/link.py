@@ -8,7 +8,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,8 +48,8 @@ class ServerAddress:
 
 
 class Link:
-    """A connection to the server, upgraded to frames. After an error it is of no more use. One thread may send and
-    another receive.
+    """A connection to the server, upgraded to frames. After an error it is of no more use. For one thread; another may
+    `interject`.
 
     Raises:
         ServerUnreachableError: nobody answered in time.
@@ -90,15 +90,26 @@ class Link:
             if totals:
                 self._send_all(memoryview(totals))
 
+    def interject(self, kind: Kind, header: Mapping[str, Any], timeout_s: float) -> bool:
+        """Sends a short frame while another thread receives; whether it was its turn in time, between two frames."""
+        if not self._sending.acquire(timeout=timeout_s):
+            return False
+        try:
+            self._send_all(memoryview(protocol.encode(kind, header)), may_listen=False)
+        finally:
+            self._sending.release()
+        return True
+
     def end(self) -> None:
         """Sends nothing more, and waits until the server has read all and closed the connection; 10 s at most."""
         deadline = time.monotonic() + _END_S
         with self._translated():
             self._is_broken = True
-            self._socket.settimeout(_END_S)
             self._socket.shutdown(socket.SHUT_WR)
-            while self._socket.recv(_MAX_EARLY_BYTES) and time.monotonic() < deadline:
-                pass
+            while (left_s := deadline - time.monotonic()) > 0:
+                self._socket.settimeout(left_s)
+                if not self._socket.recv(_MAX_EARLY_BYTES):
+                    return
 
     def receive(self, expected: Kind, limit_bytes: int = 0) -> tuple[dict[str, Any], int]:
         """The header of the next frame that says something, which must be `expected`, and its payload's length.
@@ -106,6 +117,11 @@ class Link:
         Args:
             limit_bytes: the longest payload that is taken; whoever gets one calls `fill` with as many bytes next.
         """
+        _, header, num_bytes = self.receive_any((expected,), limit_bytes)
+        return header, num_bytes
+
+    def receive_any(self, expected: Sequence[Kind], limit_bytes: int = 0) -> tuple[Kind, dict[str, Any], int]:
+        """As `receive`, of several kinds; and which it is."""
         while True:
             prefix = protocol.decode_prefix(
                 self._receive_exactly(protocol.PREFIX_BYTES), protocol.FROM_SERVER, limit_bytes
@@ -115,9 +131,9 @@ class Link:
                 break
         if prefix.kind is Kind.REFUSED:
             raise protocol.refusal(header)
-        if prefix.kind is not expected:
-            raise ProtocolError(f"expected {expected.name}, got {prefix.kind.name}")
-        return header, prefix.payload_bytes
+        if prefix.kind not in expected:
+            raise ProtocolError(f"expected {' or '.join(kind.name for kind in expected)}, got {prefix.kind.name}")
+        return prefix.kind, header, prefix.payload_bytes
 
     def fill(self, payload: Buffer) -> None:
         """Receives a payload."""
@@ -170,7 +186,11 @@ class Link:
                 self._checked(received)
                 view = view[received:]
 
-    def _send_all(self, data: memoryview) -> None:
+    def _send_all(self, data: memoryview, *, may_listen: bool = True) -> None:
+        """
+        Args:
+            may_listen: whether no other thread receives, so that what comes may be read while the server does not.
+        """
         if self._is_broken:
             raise ConnectionLostError(f"the connection to the server at {self._address} is closed")
         with self._translated():
@@ -179,7 +199,7 @@ class Link:
                     with self._encrypting:
                         sent = self._socket.send(data)
                 except TimeoutError:
-                    if not self._has_said_something():
+                    if not may_listen or not self._has_said_something():
                         raise
                     continue
                 data = data[sent:]

@@ -72,7 +72,7 @@ class Asked(enum.Enum):
     NEXT: what is to be done next, when it may be. EVALUATE: of a shard that follows another, which has ordered an
     evaluation: the weights of the epoch's end. PEEK: the current weights, at once, as this shard has the push already
     that the worker repeats for others. REST: of a shard that follows another, which has the worker wait: the end of the
-    epoch is not to wait for it; answered at once.
+    epoch is not to wait for it; answered at once, with no weights, maybe before pushes that are not published yet.
     """
 
     NEXT = "next"
@@ -283,11 +283,16 @@ class Refuse:
 
 @dataclass(frozen=True)
 class SendSnapshot:
-    """Send the connection the current snapshot, and what it is to do with it."""
+    """Send the connection the current snapshot, and what it is to do with it.
+
+    Attributes:
+        has_weights: False where nobody wants them.
+    """
 
     connection: int
     order: OrderKind = OrderKind.TRAIN
     epoch: int = 0
+    has_weights: bool = True
 
 
 @dataclass(frozen=True)

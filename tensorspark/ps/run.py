@@ -291,7 +291,8 @@ class Run:
             connection.close()
 
     def _send_snapshot(self, connection: Connection, decision: SendSnapshot) -> None:
-        loan = self.store.lend(connection.held)
+        held = connection.held if decision.has_weights else self.store.current.version
+        loan = self.store.lend(held)
         header = {**headers.order_header(self.state.order(decision, loan.version)), "form": loan.form.value}
         self.state.sent(connection.number, 0 if loan.buffer is None else loan.buffer.nbytes)
         connection.write(Kind.SNAPSHOT, header, loan.buffer, lambda: self.store.give_back(loan))

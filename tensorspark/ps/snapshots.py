@@ -92,7 +92,8 @@ class SnapshotStore:
 
     Encoded copies count against the pool's bound, as long as a copy takes at most half of what the weights do: one
     buffer is never taken from the pool, for the current copy and the next one; and an older version of which only the
-    copy is read holds its place in the pool, but no memory for its weights. Patches take up to half of the weights.
+    copy is read holds its place in the pool, but no memory for its weights. Patches take up to half of the weights, and
+    as much again while the next version's are made.
 
     Args:
         weights: the first version; copied.

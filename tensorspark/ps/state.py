@@ -126,12 +126,14 @@ class RunState:
         self._asked[held.index] = asked, epoch
         if self._follows:
             self._epochs.follow(held, asked)
-        order = OrderKind.TRAIN if asked in (Asked.PEEK, Asked.REST) else self._order_for(held)
-        others = self._go_on() if asked is Asked.REST else []
+        if asked is Asked.REST:
+            answer = SendSnapshot(connection, epoch=self._epochs.epoch_of(held), has_weights=False)
+            return [answer, *self._go_on()]
+        order = OrderKind.TRAIN if asked is Asked.PEEK else self._order_for(held)
         if order is None:
             self._pulls[held.index] = connection
-            return others
-        return [SendSnapshot(connection, order, self._epochs.epoch_of(held)), *others]
+            return []
+        return [SendSnapshot(connection, order, self._epochs.epoch_of(held))]
 
     def push(self, connection: int, push: Push) -> list[Decision]:
         """A worker's weights or delta have arrived; `Keep` comes first where the payload is of use."""
@@ -354,9 +356,7 @@ class RunState:
             return None
         asked, epoch = self._asked.get(partition.index, (Asked.NEXT, None))
         if asked is Asked.EVALUATE and not self._epochs.is_finishing:
-            is_over = epoch is not None and epoch < self._epochs.number  # too late to count: any weights will do
-            is_due = self._epochs.is_complete and epoch in (None, self._epochs.number)
-            return OrderKind.EVALUATE if is_over or is_due else None
+            return OrderKind.EVALUATE if self._epochs.may_evaluate(epoch) else None
         order = self._epochs.order_for(partition)
         return None if order is OrderKind.TRAIN and not self._gate.may_begin(partition.index) else order
 

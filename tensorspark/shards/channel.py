@@ -239,12 +239,12 @@ class Channel:
 
     def _lose(self, why: str) -> None:
         with self._losing:
-            is_first, self._why_lost = not self._why_lost, self._why_lost or why
+            if not self._why_lost:
+                self._why_lost = why
+                self._on_lost(why)  # before calls fail: whoever waits for one looks next at what is known of the loss
         self._is_over.set()
         for number in list(self._calls):
             self._fail(number)
-        if is_first:
-            self._on_lost(why)
 
     def _fail(self, number: int) -> None:
         future = self._calls.pop(number, None)
@@ -313,6 +313,8 @@ class Listener:
 
     def _welcome(self, plain: socket.socket) -> None:
         with contextlib.suppress(OSError, AuthenticationError):
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # where something was sent, keepalive says nothing
+                plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * _VANISHED_HOST_TIMEOUT_S))
             _identify(plain, self._key, deliver_challenge, answer_challenge)
             self._on_connected(plain)
 
@@ -321,8 +323,6 @@ def _identify(plain: socket.socket, key: bytes, *steps: Callable[[Connection, by
     """Has both sides prove that they know the key; closes the connection where one does not, or takes too long."""
     plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     notice_vanished_peer(plain, _VANISHED_HOST_TIMEOUT_S)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # where something was sent, keepalive says nothing
-        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * _VANISHED_HOST_TIMEOUT_S))
     timer = threading.Timer(_HANDSHAKE_TIMEOUT_S, plain.shutdown, [socket.SHUT_RDWR])
     timer.daemon = True
     timer.start()

@@ -89,7 +89,7 @@ class ShardedClient:
                 lambda i: pull_from(i, Asked.PEEK if self._num_ahead[i] else Asked.NEXT), indices
             )
         elif self._is_between_epochs:
-            first = self._first_order(lambda: pull_from(0, Asked.NEXT), lambda index: pull_from(index, Asked.REST))
+            first = self._first_order(lambda: pull_from(0, Asked.NEXT))
             if first.kind is OrderKind.FINISH:
                 return first
             asked, epoch = Asked.NEXT, None
@@ -100,14 +100,14 @@ class ShardedClient:
             orders = self._in_parallel(lambda index: pull_from(index, Asked.NEXT), indices)
         return self._agreed(orders)
 
-    def _first_order(self, pull: Callable[[], Order], rest: Callable[[int], Order]) -> Order:
+    def _first_order(self, pull: Callable[[], Order]) -> Order:
         """What the first shard orders; where it has the worker wait, the others' epoch is not to wait for it."""
         future = self._threads.submit(pull)
         try:
             return future.result(_REST_AFTER_S)
         except FutureTimeoutError:
             if not future.done():
-                self._in_parallel(rest, range(1, len(self._clients)))
+                self._in_parallel(lambda index: self._clients[index].rest(), range(1, len(self._clients)))
             return future.result()
 
     def _agreed(self, orders: Sequence[Order]) -> Order:

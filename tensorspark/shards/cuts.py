@@ -147,11 +147,12 @@ class Cuts:
     # While they go on
 
     def _fetched(self, cut: _Cut) -> RunCheckpoint:
-        """One shard after the other, so that the driver never holds more of them than one beside the whole."""
+        """One shard after the other, so that the driver holds no more of their weights than one part beside the whole,
+        and their slots once, but for one that is being joined."""
         first = cut.first
         weights = self._layout.allocate()
         self._shards[0].of(weights)[:] = first.weights
-        slots = [first.combiner_state.slots]
+        slots = [dict(first.combiner_state.slots)]
         parts = [CheckpointPart(self._shards[0].stop, first.version, first.partitions)]
         for position, (shard, described) in enumerate(zip(self._shards[1:], cut.others, strict=True)):
             part_slots = self._fetch(position, described, shard.of(weights))

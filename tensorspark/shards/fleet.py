@@ -32,6 +32,15 @@ _WHAT_NOW = (
     "SparkSession.restore"
 )
 
+_WHY_SLOW = (
+    f"its machine has too much to do, or the network between it and the driver brings less than "
+    f"{_MIN_BYTES_PER_S / 10**6:g} MB/s; give it more of either, or take fewer shards (spark.tensorspark.num.shards)"
+)
+_WHY_LATE = {
+    "await_epoch": "a push of the epoch, which the driver's shard has, did not come to it; look at Spark's failed tasks"
+    " for the worker that died, and whether there was a slot for its successor (spark.tensorspark.recovery.timeout)"
+}
+
 
 def deadline_after(num_bytes: int = 0) -> float:
     """When a call must be answered, on the monotonic clock, that moves so many bytes."""
@@ -104,13 +113,18 @@ class Fleet:
         """Calls all, without waiting: their answers, in the order of the shards."""
         return [self._channels[index].call(name, values) for index in self._indices]
 
-    def ask(self, name: str, values: Mapping[str, Any] | None = None, num_bytes: int = 0) -> list[Reply]:
+    def ask(
+        self, name: str, values: Mapping[str, Any] | None = None, num_bytes: int = 0, *, waits_s: float = 0.0
+    ) -> list[Reply]:
         """Calls all, and waits as long as their answers, of `num_bytes` altogether, may take.
+
+        Args:
+            waits_s: how long a shard may have to wait for others before it can do it.
 
         Raises:
             ShardLostError: one is gone, could not do it, or took longer.
         """
-        return self.wait(name, self.request(name, values), deadline_after(num_bytes))
+        return self.wait(name, self.request(name, values), deadline_after(num_bytes) + waits_s)
 
     def ask_one(self, position: int, name: str, num_bytes: int) -> Reply:
         """As `ask`, of the shard at this position among these."""
@@ -175,7 +189,8 @@ class Fleet:
         def lost(why: str) -> None:
             has_channel.wait()
             if not self.is_closing:
-                self._lost.update(index for index, known in self._channels.items() if known is channel)
+                with self._arrived:
+                    self._lost.update(index for index, known in self._channels.items() if known is channel)
                 self._failure = self._failure or ShardLostError(f"{channel.who} {why}: {_WHAT_NOW}")
 
         handlers = {"hello": hello, "failed": self._failed}
@@ -194,10 +209,8 @@ def _answer_of(channel: Channel, name: str, answer: Future[Reply], deadline: flo
         return answer.result(max(0.0, deadline - began) + 1.0)
     except FutureTimeoutError as error:
         raise ShardLostError(
-            f"{channel.who} lives, but has not done {name!r} within {time.monotonic() - began:.0f} s: its machine has "
-            f"too much to do, or the network between it and the driver brings less than "
-            f"{_MIN_BYTES_PER_S / 10**6:g} MB/s; give it more of either, or take fewer shards "
-            f"(spark.tensorspark.num.shards)"
+            f"{channel.who} lives, but has not done {name!r} within {time.monotonic() - began:.0f} s: "
+            f"{_WHY_LATE.get(name, _WHY_SLOW)}"
         ) from error
 
 

@@ -72,8 +72,9 @@ def serve(job: ShardJob) -> None:
     """
     assert job.driver is not None
     over = threading.Event()
+    host = _Host(job, over)  # before the driver looks for signs of life: a combiner may import a lot
     plain = dial(job.driver.host, job.driver.port, job.driver.key)
-    host = _Host(job, job.server_host or plain.getsockname()[0], over)
+    host.address = job.server_host or plain.getsockname()[0]
     channel = Channel(plain, "the driver", host.handlers, on_lost=lambda why: over.set())
     try:
         channel.call("hello", {"index": job.index, "pid": os.getpid(), "host": socket.gethostname()})
@@ -87,13 +88,15 @@ class _Host:
     """Does what the driver calls for.
 
     Args:
-        address: where workers find the shard.
         over: set when the driver is done with it.
+
+    Attributes:
+        address: where workers find the shard.
     """
 
-    def __init__(self, job: ShardJob, address: str, over: threading.Event) -> None:
+    def __init__(self, job: ShardJob, over: threading.Event) -> None:
         self._job = job
-        self._address = address
+        self.address = ""
         self._over = over
         self._combiner = unpickled(job.combiner)
         self._server: ParameterServer | None = None
@@ -103,6 +106,7 @@ class _Host:
             "request_stop": self._request_stop,
             "stop": self._stop,
             "release_epoch": self._release_epoch,
+            "await_epoch": self._come_to_epoch,
             "read": self._read,
             "count_bytes": self._count_bytes,
             "combiner_state": self._combiner_state,
@@ -134,7 +138,7 @@ class _Host:
         if values["has_state"]:
             kept = dict(zip(values["slots"], slots, strict=True))
             self._combiner.restore_state(job.layout, CombinerState(kept, dict(values["combiner_values"])))
-        self._server = ParameterServer(job.layout, self._address, **job.server)
+        self._server = ParameterServer(job.layout, self.address, **job.server)
         run = self._server.begin_run(
             weights,
             self._combiner,
@@ -162,6 +166,9 @@ class _Host:
             self._running().release_epoch(values["epoch"], {}, finish=values["finish"])
         return {}, ()
 
+    def _come_to_epoch(self, values: Mapping[str, Any], raw: Sequence[Buffer]) -> Reply:
+        return {"has_ended": self._await_epoch(values["epoch"])}, ()
+
     def _await_epoch(self, epoch: int) -> bool:
         """The driver's shard has ended the epoch; here the last pushes of it may still be on their way."""
         server = self._running()
@@ -176,8 +183,6 @@ class _Host:
         return False
 
     def _read(self, values: Mapping[str, Any], raw: Sequence[Buffer]) -> Reply:
-        if values["epoch"] is not None:
-            self._await_epoch(values["epoch"])
         out = self._job.layout.allocate()
         return {"version": self._running().read_weights(out)}, (out,)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,10 +59,10 @@ def parts_of(
         ]
 
 
-def joined_slots(slots: Sequence[Mapping[str, Buffer]]) -> dict[str, Buffer]:
-    """The slots of all shards, in their order, each as one."""
+def joined_slots(slots: Sequence[dict[str, Buffer]]) -> dict[str, Buffer]:
+    """The slots of all shards, in their order, each as one; taken out of `slots`, so as not to be held twice."""
     names = dict.fromkeys(name for each in slots for name in each)
-    return {name: np.concatenate([each[name] for each in slots if name in each]) for name in names}
+    return {name: np.concatenate([each.pop(name) for each in slots if name in each]) for name in names}
 
 
 @contextlib.contextmanager

@@ -96,6 +96,7 @@ class ShardedServer:
         self._fleet: Fleet | None = None
         self._cuts: Cuts | None = None
         self._epoch_ended: int | None = None  # and not released
+        self._recovery_timeout_s = 0.0
         self._combiner: WeightCombiner | None = None
         self._own_combiner: WeightCombiner | None = None  # the first shard's copy
 
@@ -135,7 +136,7 @@ class ShardedServer:
             ShardLostError: a shard's process did not start.
         """
         self._end_fleet()
-        self._combiner, self._epoch_ended = combiner, None
+        self._combiner, self._epoch_ended, self._recovery_timeout_s = combiner, None, sync.recovery_timeout_s
         parts = parts_of(self.layout, self.shards, combiner, resume, self._dumps)
         jobs = [
             ShardJob(
@@ -190,7 +191,8 @@ class ShardedServer:
 
     def release_epoch(self, epoch: int, values: Mapping[str, float], *, finish: bool = False) -> None:
         """As `ParameterServer.release_epoch`; not while the shards stand for a cut, of which some would have it."""
-        with contextlib.nullcontext() if self._cuts is None else self._cuts.standing:
+        cuts = self._cuts
+        with contextlib.nullcontext() if cuts is None else cuts.standing:
             self._epoch_ended = None
             self._tell("release_epoch", {"epoch": epoch, "finish": finish})
             self._primary.release_epoch(epoch, values, finish=finish)
@@ -200,15 +202,16 @@ class ShardedServer:
 
     def failure(self) -> TensorsparkError | None:
         """What went wrong first: in the run, as `ParameterServer.failure`, or with a shard."""
-        failure = self._primary.failure()
-        return failure if failure is not None or self._fleet is None else self._fleet.failure()
+        failure, fleet = self._primary.failure(), self._fleet
+        return failure if failure is not None or fleet is None else fleet.failure()
 
     def lost_shard(self) -> ShardLostError | None:
         """The shard that is gone, which workers may notice before the driver does.
 
         Waits until every shard has given a sign of life, or has not for too long: seconds.
         """
-        return None if self._fleet is None else self._fleet.lost()
+        fleet = self._fleet
+        return None if fleet is None else fleet.lost()
 
     def records(self) -> tuple[tuple[Point, ...], tuple[WorkerReport, ...]]:
         """As the first shard's, with the bytes of all."""
@@ -229,7 +232,10 @@ class ShardedServer:
     def read_weights(self, out: Buffer) -> int:
         """As `ParameterServer.read_weights`; the version is the first shard's. At the end of an epoch, its weights."""
         version = self._primary.read_weights(self.shards[0].of(out))
-        answers = self._ask("read", {"epoch": self._epoch_ended}, self.layout.num_bytes)
+        if self._epoch_ended is not None:
+            # A worker that died between its pushes to two shards leaves one that waits for its successor.
+            self._ask("await_epoch", {"epoch": self._epoch_ended}, waits_s=self._recovery_timeout_s)
+        answers = self._ask("read", num_bytes=self.layout.num_bytes)
         for shard, (_, raw) in zip(self.shards[1:], answers, strict=True):
             shard.of(out)[:] = raw[0]
         return version
@@ -240,7 +246,8 @@ class ShardedServer:
         Shards stand until each has copied its part; these are fetched while they go on. Where the shards do not stand
         at the same pushes, `RunCheckpoint.parts` has each shard's cursors.
         """
-        return None if self._cuts is None else self._cuts.capture(timeout_s)
+        cuts = self._cuts
+        return None if cuts is None else cuts.capture(timeout_s)
 
     def end_run(self) -> None:
         """Ends the other shards, whose weights have been read; the combiner has what they have seen."""
@@ -256,7 +263,7 @@ class ShardedServer:
         if not state.slots and not state.values:
             return
         num_bytes = len(state.slots) * self.layout.num_bytes
-        slots: list[Mapping[str, Buffer]] = [state.slots]
+        slots = [dict(state.slots)]
         for values, raw in self._ask("combiner_state", num_bytes=num_bytes):
             slots.append(dict(zip(values["slots"], raw, strict=True)))
         combiner.restore_state(self.layout, CombinerState(joined_slots(slots), dict(state.values)))
@@ -270,13 +277,17 @@ class ShardedServer:
 
     # The other shards
 
-    def _ask(self, name: str, values: Mapping[str, Any] | None = None, num_bytes: int = 0) -> list[Reply]:
-        return [] if self._fleet is None else self._fleet.ask(name, values, num_bytes)
+    def _ask(
+        self, name: str, values: Mapping[str, Any] | None = None, num_bytes: int = 0, waits_s: float = 0.0
+    ) -> list[Reply]:
+        fleet = self._fleet  # which `close` may take away meanwhile
+        return [] if fleet is None else fleet.ask(name, values, num_bytes, waits_s=waits_s)
 
     def _tell(self, name: str, values: Mapping[str, Any] | None = None) -> None:
         """Calls without waiting: a shard that is gone is found by `failure`."""
-        if self._fleet is not None:
-            self._fleet.request(name, values)
+        fleet = self._fleet
+        if fleet is not None:
+            fleet.request(name, values)
 
     def _end_fleet(self) -> None:
         self._cuts = None

@@ -193,6 +193,24 @@ def start() -> Iterator[Start]:
         cluster.close()
 
 
+def test_one_who_rests_is_answered_before_its_push_is_accepted_and_pulls_it_later(start: Start) -> None:
+    cluster = start(sync=SyncPlan(0, num_first=2, start_timeout_s=600.0))
+    first, second = cluster.worker(0, attempt=1), cluster.worker(1, attempt=2)
+    out, others = LAYOUT.allocate(), LAYOUT.allocate()
+    with ThreadPoolExecutor(2) as threads:
+        pulls = [threads.submit(first.pull, out), threads.submit(second.pull, others)]
+        assert [pull.result(DEADLINE_S).version for pull in pulls] == [0, 0]
+        first.push(filled(3), push_of(1))
+        first.rest()  # the round waits for the second
+        assert values(out) == {2.0}
+        pull = threads.submit(first.pull, out)
+        second.push(filled(4), push_of(1))
+        second.rest()  # after the round: its push may be accepted first
+        assert pull.result(DEADLINE_S).version == 1
+        assert second.pull(others).version == 1
+    assert values(out) == values(others) == {9.0}
+
+
 def compute(seconds: float) -> None:
     """What a worker does between a pull and a push."""
     threading.Event().wait(seconds)

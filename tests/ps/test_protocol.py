@@ -33,6 +33,12 @@ FROZEN_FRAMES: list[tuple[Kind, dict[str, Any], int, str]] = [
     (Kind.PULL, {}, 0, "5453504b 04 02 0100 0000000000000000 80"),
     (Kind.PULL, {"version": 300}, 0, "5453504b 04 02 0c00 0000000000000000 81 a7 76657273696f6e cd012c"),
     (
+        Kind.PULL,
+        {"asked": "evaluate", "epoch": 2},
+        0,
+        "5453504b 04 02 1700 0000000000000000 82 a5 61736b6564 a8 6576616c75617465 a5 65706f6368 02",
+    ),
+    (
         Kind.PUSH,
         {"sequence": 7, "progress": None},
         640,

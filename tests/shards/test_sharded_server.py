@@ -741,7 +741,10 @@ def test_an_answer_that_takes_too_long_names_the_shard_and_what_to_do(
     cluster = start(2, hosts=ShardProcesses).begin(filled(2), sync=BULK, epochs=EpochPlan(1, validates=False))
     monkeypatch.setattr("tensorspark.shards.fleet._CALL_TIMEOUT_S", 0.1)
     cluster.sharded._epoch_ended = 0  # the shard waits for its pushes, which do not come
-    with pytest.raises(ShardLostError, match=r"shard 1 \(process .*\) lives, but has not done 'read' within 1 s"):
+    cluster.sharded._recovery_timeout_s = 0.0
+    with pytest.raises(
+        ShardLostError, match=r"shard 1 \(process .*\) lives, but has not done 'await_epoch' within 1 s: a push"
+    ):
         cluster.weights()
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tensorspark.weights import shards as module
+from tensorspark.weights import ranges as module
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 from tensorspark.weights.ranges import Shard, split
 
