@@ -83,9 +83,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _UsageError as error:
         sys.stderr.write(f"tensorspark doctor: {error}\n")
         return _EXIT_USAGE
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        if not _was_interrupted(error):
+            raise
         sys.stderr.write("tensorspark doctor: interrupted\n")
         return _EXIT_INTERRUPTED
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind it: in the middle of a call to Spark, py4j makes an error of its own of that."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 class _UsageError(Exception):
@@ -128,9 +137,10 @@ def _doctor(options: argparse.Namespace) -> int:
         return _EXIT_FAILED
     from tensorspark.driver.preflight import Status
 
-    # It logs the stack of a call that Ctrl-C cut short; errors come to us in any case.
+    # py4j logs the stack of a call that Ctrl-C cut short, in part as the root logger; errors come to us in any case.
     logging.getLogger("py4j").addHandler(logging.NullHandler())
     logging.getLogger("py4j").propagate = False
+    logging.getLogger().addFilter(lambda record: record.getMessage() != "KeyboardInterrupt while sending command.")
     has_failed = False
     with contextlib.closing(_examine(submit_options)) as results:
         for result in results:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -12,10 +13,12 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import tensorspark
+from tensorspark import cli
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -250,6 +253,30 @@ def test_a_cluster_without_slots_is_given_up_at_the_deadline(empty_cluster: str)
     assert list(failed) == ["slots"]
     assert re.search(r"got none within 2 s; set spark\.executor\.instances .*spark\.executor\.cores", failed["slots"])
     assert empty_cluster in failed["slots"]
+
+
+@pytest.mark.parametrize("is_interrupt", [True, False])
+def test_an_interrupt_in_the_middle_of_a_call_to_spark_is_one_and_other_errors_are_not(
+    is_interrupt: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def examine(submit_options: list[str]) -> Iterator[Any]:
+        try:  # as py4j's GatewayClient.send_command does
+            raise KeyboardInterrupt if is_interrupt else ValueError
+        except (KeyboardInterrupt, ValueError):
+            raise RuntimeError("Gateway must be connected to send cancel cmd.")  # noqa: B904
+        yield
+
+    monkeypatch.setattr(cli, "_examine", examine)
+    for name, attribute in (("py4j", "propagate"), ("py4j", "handlers"), ("", "filters")):  # which the doctor changes
+        logger = logging.getLogger(name)
+        kept = getattr(logger, attribute)
+        monkeypatch.setattr(logger, attribute, kept[:] if isinstance(kept, list) else kept)
+    if is_interrupt:
+        assert cli.main(["doctor"]) == 130
+        assert capsys.readouterr().err == "tensorspark doctor: interrupted\n"
+    else:
+        with pytest.raises(RuntimeError, match="Gateway"):
+            cli.main(["doctor"])
 
 
 @pytest.mark.slow
