@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,17 +23,6 @@ from tensorspark.weights.layout import Buffer, WeightLayout
 
 Client = ParameterClient | ShardedClient
 """A worker's conversation with the server, or with all of its shards."""
-
-
-@runtime_checkable
-class BlockReader(Protocol):
-    """A trainer that can give its weights piece by piece, so that they need not be held a second time."""
-
-    def read_blocks(self, wanted: Sequence[slice]) -> Iterator[Buffer]:
-        """The bytes of these parts of the layout's buffer, one after the other; each stays until the next is asked for.
-
-        Nothing else is asked of the trainer meanwhile. Gaps are zero.
-        """
 
 
 class Exchange:
@@ -97,12 +86,7 @@ class Exchange:
     def _weights(self) -> Iterator[tuple[NDArray[Any], slice]]:
         """The trainer's weights in blocks of one dtype, and where each lies in a buffer."""
         parts = list(blocks(self._trainer.layout))
-        if isinstance(self._trainer, BlockReader):
-            pieces = self._trainer.read_blocks([block for _, block in parts])
-        else:
-            whole = self._trainer.layout.allocate()
-            self._trainer.read(whole)
-            pieces = (whole[block] for _, block in parts)
+        pieces = self._trainer.read_blocks([block for _, block in parts])
         for (dtype, block), piece in zip(parts, pieces, strict=True):
             yield piece.view(dtype), block
 

@@ -107,8 +107,7 @@ class ParameterClient:
 
         def pull() -> Order:
             nonlocal holds
-            named = {} if epoch is None else {"epoch": epoch}
-            self._link.send(Kind.PULL, {**headers.pull_header(holds, asked), **named})
+            self._link.send(Kind.PULL, headers.pull_header(holds, asked, epoch))
             self._read_acceptances()
             header, num_bytes = self._link.receive(Kind.SNAPSHOT, out.nbytes)
             held, holds = holds, None  # while it is written over, and the connection may break

@@ -103,9 +103,13 @@ def order(header: Mapping[str, Any]) -> Order:
     )
 
 
-def pull_header(holds: int | None, asked: Asked) -> dict[str, object]:
-    held: dict[str, object] = {} if holds is None else {"version": holds}
-    return held if asked is Asked.NEXT else {**held, "asked": asked.value}
+def pull_header(holds: int | None, asked: Asked, epoch: int | None = None) -> dict[str, object]:
+    header: dict[str, object] = {} if holds is None else {"version": holds}
+    if asked is not Asked.NEXT:
+        header["asked"] = asked.value
+    if epoch is not None:
+        header["epoch"] = epoch
+    return header
 
 
 def push_header(push: Push) -> dict[str, object]:

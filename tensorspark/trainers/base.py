@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -49,6 +49,22 @@ class Trainer(ABC):
     @abstractmethod
     def read(self, out: Buffer) -> None:
         """Writes the synchronized weights to `out`."""
+
+    def read_blocks(self, wanted: Sequence[slice]) -> Iterator[Buffer]:
+        """The bytes that `read` would write to these parts of a buffer, one after the other.
+
+        A trainer that can spares the memory of all of them at once. Nothing else is asked of it meanwhile.
+
+        Args:
+            wanted: in order, none of them in two of the layout's segments.
+
+        Yields:
+            `[num_bytes] uint8`, which stays as it is until the next is asked for.
+        """
+        whole = self.layout.allocate()
+        self.read(whole)
+        for block in wanted:
+            yield whole[block]
 
     def guide(self, num_steps: int, num_workers: int, values: Mapping[str, float]) -> None:  # noqa: B027
         """Is told how the run stands, before an interval's steps.

@@ -142,7 +142,6 @@ class FlatTrainer(Trainer):
         self._flat.copy(self._weights(), out)
 
     def read_blocks(self, wanted: Sequence[slice]) -> Iterator[Buffer]:
-        """See `exchange.BlockReader`; in order, none of them in two of the layout's segments."""
         return self._flat.blocks(self._weights(), wanted)
 
     def _weights(self) -> Sequence[tf.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,16 +105,20 @@ class GraphTrainer(Trainer):
             views[spec.name][...] = value
 
     def read_blocks(self, wanted: Sequence[slice]) -> Iterator[Buffer]:
-        """See `exchange.BlockReader`; in order."""
         values = dict(zip((spec.name for spec in self.layout.specs), self._read(), strict=True))
         specs = sorted(self.layout.specs, key=lambda spec: self.layout.offsets[spec.name])
         piece = np.empty(max((block.stop - block.start for block in wanted), default=0), np.uint8)
+        first = 0  # of the tensors that end behind the block's begin
         for block in wanted:
             piece[:] = 0  # where no tensor is
-            for spec in specs:
+            while first < len(specs) and self.layout.offsets[specs[first].name] + specs[first].num_bytes <= block.start:
+                first += 1
+            for spec in itertools.islice(specs, first, None):
                 at = self.layout.offsets[spec.name]
+                if at >= block.stop:
+                    break
                 start, stop = max(block.start, at), min(block.stop, at + spec.num_bytes)
-                if start < stop:
+                if start < stop:  # an empty tensor may lie where another begins
                     flat = np.ascontiguousarray(values[spec.name]).reshape(-1).view(np.uint8)
                     piece[start - block.start : stop - block.start] = flat[start - at : stop - at]
             yield piece[: block.stop - block.start]

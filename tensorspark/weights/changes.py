@@ -98,21 +98,6 @@ class Units:
             at += size
         return patch
 
-    def apply(self, patch: Buffer, buffer: Buffer) -> None:
-        """Writes a patch's units over those of `buffer`.
-
-        Raises:
-            ProtocolError: it is no patch of this layout; `buffer` is as it was.
-        """
-        at = 0
-
-        def fill(part: Buffer) -> None:
-            nonlocal at
-            part[:] = patch[at : at + len(part)]
-            at += len(part)
-
-        self.receive(fill, len(patch), buffer)
-
     def receive(self, fill: Callable[[Buffer], None], num_bytes: int, buffer: Buffer) -> None:
         """Writes a patch of so many bytes over the units of `buffer` as it comes, so that it is nowhere whole.
 

@@ -28,6 +28,7 @@ from tensorspark.weights.compression import NO_COMPRESSION, Compression
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 from tests.ps.test_client import Proxy
 from tests.ps.wire import Wire
+from tests.weights.patches import apply
 
 # A table of 64,000 bytes, then two blocks and a rest: 12,096 bytes.
 LAYOUT = WeightLayout(
@@ -407,7 +408,7 @@ def test_every_version_becomes_the_current_one_by_what_is_sent_for_it(edits: lis
             assert loan.form is Form.PATCH
             assert loan.buffer is not None
             assert 2 * len(loan.buffer) <= LAYOUT.num_bytes
-            units.apply(loan.buffer, target)
+            apply(units, loan.buffer, target)
         assert np.array_equal(target, versions[-1])
         store.give_back(loan)
     assert store.current.num_pins == 0

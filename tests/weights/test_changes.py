@@ -15,6 +15,7 @@ from tensorspark.errors import ProtocolError
 from tensorspark.weights import changes
 from tensorspark.weights.changes import Units
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
+from tests.weights.patches import apply
 
 BLOCK = 4096
 # A table whose rows (12 bytes) are no multiple of a word, with a gap of 52 bytes behind it, and a vector of two blocks
@@ -116,7 +117,7 @@ def test_a_patch_turns_the_old_buffer_into_the_new_one(
     patch = units.write(new, flags)
     num_bytes = 4 * num_groups + sum(4 + places[i].stop - places[i].start for i in changed)
     assert len(patch) == units.patch_bytes(flags) == num_bytes
-    units.apply(patch, old)
+    apply(units, patch, old)
     assert np.array_equal(old, new)
 
 
@@ -129,7 +130,7 @@ def test_a_patch_holds_units_that_did_not_change_where_it_is_told_to(by_row: boo
     chosen[0] = True
     patch = units.write(new, chosen)
     old = numbers(ODD, seed=8)
-    units.apply(patch, old)
+    apply(units, patch, old)
     changed = 12 if by_row else BLOCK
     assert np.array_equal(old[:changed], new[:changed])
     assert np.array_equal(old[changed:], numbers(ODD, seed=8)[changed:])
@@ -159,7 +160,7 @@ def test_the_bytes_are_those_of_the_docstring_by_rows() -> None:
     assert np.flatnonzero(flags).tolist() == [3, 256, 258, 259]
     patch = units.write(new, flags)
     assert np.array_equal(patch, as_buffer(expected))
-    units.apply(as_buffer(expected), old)
+    apply(units, as_buffer(expected), old)
     assert np.array_equal(old, new)
 
 
@@ -179,7 +180,7 @@ def test_nothing_changed_is_a_patch_of_counts_alone() -> None:
     assert flags is not None
     patch = units.write(weights, flags)
     assert patch.tobytes() == words(0)
-    units.apply(patch, weights)
+    apply(units, patch, weights)
     assert np.array_equal(weights, numbers(FLAT))
 
 
@@ -196,7 +197,7 @@ def test_of_all_units_a_patch_is_the_buffer_and_an_index_each(by_row: bool) -> N
     num_groups = 3 if by_row else 2
     assert len(patch) == units.patch_bytes(flags) == 4 * num_groups + 4 * units.num_units + ODD.num_bytes
     old = numbers(ODD, seed=8)
-    units.apply(patch, old)
+    apply(units, patch, old)
     assert np.array_equal(old, numbers(ODD))
 
 
@@ -210,7 +211,7 @@ def test_the_gap_behind_a_table_stays_zero(by_row: bool) -> None:
     assert flags is not None
     patch = units.write(new, flags)
     target = old.copy()
-    units.apply(patch, target)
+    apply(units, patch, target)
     assert np.array_equal(target, new)
     assert not target[TABLE_BYTES:BIAS_AT].any()
 
@@ -253,13 +254,13 @@ GOOD = words(2, 1, 0) + words(1, 4) + words(1) + bytes(24) + bytes(BLOCK)
 def test_a_damaged_patch_is_refused_and_leaves_the_buffer_as_it_was(damaged: bytes, message: str) -> None:
     weights = numbers(ODD)
     with pytest.raises(ProtocolError, match=message):
-        Units(ODD, by_row=True).apply(as_buffer(damaged), weights)
+        apply(Units(ODD, by_row=True), as_buffer(damaged), weights)
     assert np.array_equal(weights, numbers(ODD))
 
 
 def test_the_patch_that_the_damaged_ones_are_made_of_is_whole() -> None:
     weights = numbers(ODD)
-    Units(ODD, by_row=True).apply(as_buffer(GOOD), weights)
+    apply(Units(ODD, by_row=True), as_buffer(GOOD), weights)
     expected = numbers(ODD)
     expected[12:24] = expected[48:60] = 0
     expected[TABLE_BYTES + BLOCK : TABLE_BYTES + 2 * BLOCK] = 0
@@ -281,7 +282,7 @@ def test_a_patch_that_is_received_is_never_whole_in_memory() -> None:
 
     by_pieces, at_once = old.copy(), old.copy()
     units.receive(fill, len(patch), by_pieces)
-    units.apply(patch, at_once)
+    apply(units, patch, at_once)
     assert sum(parts) == len(patch) > 6 * 2**18
     assert max(parts) <= 2**18
     assert np.array_equal(by_pieces, at_once)
@@ -296,7 +297,7 @@ def test_whatever_hits_a_patchs_head_it_is_applied_whole_or_not_at_all(position:
     damaged[position] ^= 1 << bit
     weights, before = numbers(ODD), numbers(ODD)
     try:
-        Units(ODD, by_row=True).apply(as_buffer(bytes(damaged)), weights)
+        apply(Units(ODD, by_row=True), as_buffer(bytes(damaged)), weights)
     except ProtocolError:
         assert np.array_equal(weights, before)
     else:  # other indices, then: as many bytes as it should write
