@@ -19,7 +19,7 @@ unexport SPARK_HOME PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup mnist test check format dist clean distclean
+.PHONY: help setup mnist test check docs format dist clean distclean
 
 help:  ## list what can be made
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r target text; do \
@@ -53,6 +53,9 @@ check: $(STAMP)  ## lint, formatting and types
 	@$(VENV)/bin/python -m ruff check .
 	@$(VENV)/bin/python -m ruff format --check .
 	@$(VENV)/bin/python -m mypy
+
+docs: $(STAMP)  ## build the documentation's site in build/site
+	@$(VENV)/bin/python -m mkdocs build --strict --site-dir build/site
 
 format: $(STAMP)  ## put imports and formatting right
 	@$(VENV)/bin/python -m ruff check --fix-only .

@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -187,7 +188,7 @@ def read_arrays(sc: SparkContext, images_path: str, labels_path: str) -> tuple[n
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trains on this machine and writes weights, event files and a plot."""
+    """Trains on this machine and writes weights, a plot, and what the dashboard and TensorBoard show."""
     options = _parse(arguments)
     tf.logging.set_verbosity(tf.logging.ERROR)
     conf = (
@@ -197,6 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
         .setIfMissing("spark.executorEnv.TF_CPP_MIN_LOG_LEVEL", "3")
         .setIfMissing("spark.ui.showConsoleProgress", "false")
         .setIfMissing("spark.log.level", "ERROR")
+        .set("spark.tensorspark.log.dir", str(Path(options.output).absolute()))
     )
     result = train(
         server_host=None,
@@ -209,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
         seed=options.seed,
         conf=conf,
     )
-    report.write(result, options.output)
+    report.write(result)
     return 0
 
 

@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tensorspark.errors import ConfigError
@@ -72,11 +72,16 @@ def parse_staleness(text: str) -> int | None:
     return int(text)
 
 
-def parse_bool(text: str) -> bool:
+def parse_auto_bool(text: str) -> bool | None:
+    """Reads ``auto`` (None), ``true`` or ``false``."""
+    return None if text.strip().lower() == "auto" else parse_bool(text, "auto, true or false")
+
+
+def parse_bool(text: str, expected: str = "true or false") -> bool:
     """Reads ``true`` or ``false``, as Spark writes them."""
     value = {"true": True, "false": False}.get(text.strip().lower())
     if value is None:
-        raise ValueError(f"expected true or false, got {text!r}")
+        raise ValueError(f"expected {expected}, got {text!r}")
     return value
 
 
@@ -110,8 +115,8 @@ SETTINGS: tuple[Setting, ...] = (
             "for the fetched graph and for cached epochs that outgrow memory."),
     Setting("server_host", "spark.tensorspark.server.host", str, None, "Address of the driver that executors connect "
             "to. Unset: `spark.driver.host`."),
-    Setting("server_port", "spark.tensorspark.server.port", parse_int, 0, "Port of the parameter server; 0: a free "
-            "one."),
+    Setting("server_port", "spark.tensorspark.server.port", parse_int, 0, "Port of the parameter server and its "
+            "pages; 0: a free one. Where it is taken, the next free one of sixteen."),
     Setting("sync_interval", "spark.tensorspark.sync.interval", parse_int, 100, "Local steps between two "
             "synchronizations of a worker."),
     Setting("batch_size", "spark.tensorspark.batch.size", parse_int, 100, "Rows of a training step."),
@@ -152,6 +157,15 @@ SETTINGS: tuple[Setting, ...] = (
             "server stops reading."),
     Setting("cache_memory_bytes", "spark.tensorspark.cache.memory", parse_size_bytes, 256 * 2**20, "Memory of a task "
             "for its decoded rows, and as much for held-out ones; what is more goes to a file under `spark.tmp.dir`."),
+    Setting("dashboard", "spark.tensorspark.dashboard.enabled", parse_auto_bool, None, "A page that shows the run as "
+            "it goes on, on the parameter server's port (needs `tensorspark[dashboard]`): `true`, `false`, or `auto`: "
+            "where it is installed."),
+    Setting("dashboard_token", "spark.tensorspark.dashboard.token", str, None, "What opens the dashboard, `/metrics` "
+            "and `/status`, at least 16 characters. Unset: a new one for each session."),
+    Setting("log_dir", "spark.tensorspark.log.dir", str, None, "Directory, as a URL, in which each run makes one of "
+            "its own, with TensorBoard's event files and all that the dashboard shows. Unset: none."),
+    Setting("trace_dir", "spark.tensorspark.trace.dir", str, None, "Directory, as a URL, to which each run writes a "
+            "Chrome trace of driver, server and workers. Unset: none."),
 )  # fmt: skip
 
 SHARDS_ON = ("driver", "executors")
@@ -194,6 +208,10 @@ class Config:
     io_timeout_s: float
     receive_buffer_bytes: int
     cache_memory_bytes: int
+    dashboard: bool | None
+    dashboard_token: str | None = field(repr=False)
+    log_dir: str | None
+    trace_dir: str | None
 
     def __post_init__(self) -> None:
         for name in ("sync_interval", "batch_size", "keep_checkpoints", "max_connections", "num_shards"):
@@ -222,7 +240,14 @@ class Config:
             self._check(name, minimum=0.001, maximum=_MAX_TIME_S, is_integer=False)
         for name in ("start_timeout_s", "recovery_timeout_s", "reconnect_timeout_s", "checkpoint_interval_s"):
             self._check(name, minimum=0, maximum=_MAX_TIME_S, is_integer=False)
-        for name in ("hdfs_dir", "tmp_dir", "server_host", "compression", "pull_compression"):
+        if self.dashboard not in (None, True, False):
+            raise ConfigError(f"{_label('dashboard')} must be True, False or None (auto), got {self.dashboard!r}")
+        token = self.dashboard_token
+        if token is not None and not (isinstance(token, str) and re.fullmatch(r"[\w.~-]{16,}", token, re.ASCII)):
+            raise ConfigError(  # which is a secret, so that it is not quoted
+                f"{_label('dashboard_token')} must be at least 16 letters, digits, or any of -._~ : it goes into a URL"
+            )
+        for name in ("hdfs_dir", "tmp_dir", "server_host", "compression", "pull_compression", "log_dir", "trace_dir"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, str) and value.strip()):
                 raise ConfigError(f"{_label(name)} must be a non-empty string, got {value!r}")

@@ -4,6 +4,7 @@
 
     TensorsparkError
     ├── ConfigError               (also ValueError)  a setting or argument that cannot work
+    │   └── PortTakenError            a port that another program listens at
     ├── FeedError                 (also ValueError)  rows or feed names that do not fit the graph
     ├── FeedLostError             (also RuntimeError)  Spark stopped sending rows: it repeats the task
     ├── GraphError                (also ValueError)  a variable, tensor or graph that cannot be trained
@@ -50,6 +51,10 @@ def _rebuild(cls: type[TensorsparkError], args: tuple[Any, ...], attributes: dic
 
 class ConfigError(TensorsparkError, ValueError):
     """A setting or argument that cannot work; the message names it and what to change."""
+
+
+class PortTakenError(ConfigError):
+    """A port that another program listens at."""
 
 
 class FeedError(TensorsparkError, ValueError):

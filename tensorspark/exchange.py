@@ -15,6 +15,7 @@ from tensorspark.ps.client import ParameterClient
 from tensorspark.ps.messages import Order, OrderKind, Push
 from tensorspark.shards.client import ShardedClient
 from tensorspark.steps import Steps
+from tensorspark.telemetry.notes import Timed, untimed
 from tensorspark.trainers.base import Trainer
 from tensorspark.weights.blocks import blocks
 from tensorspark.weights.codecs.base import Scratch
@@ -30,13 +31,23 @@ class Exchange:
 
     Args:
         accumulates: whether a push leaves in its buffer what a lossy codec left out: what is pushed is added to that.
+        timed: times what the worker does.
 
     Attributes:
         sync_s: time spent in it, during which no step was made.
         hidden_s: time that pushes, pulls and waiting took while steps were made.
     """
 
-    def __init__(self, client: Client, trainer: Trainer, sequence: int, *, accumulates: bool = False) -> None:
+    def __init__(
+        self,
+        client: Client,
+        trainer: Trainer,
+        sequence: int,
+        *,
+        accumulates: bool = False,
+        timed: Timed = untimed,
+    ) -> None:
+        self._timed = timed
         self._client = client
         self._trainer = trainer
         self._sequence = sequence
@@ -60,7 +71,9 @@ class Exchange:
     def after(self, steps: Steps) -> None:
         """After an interval's steps."""
         began = time.perf_counter()
-        self._push(self._outgoing(), steps)
+        with self._timed("read weights"):
+            outgoing = self._outgoing()
+        self._push(outgoing, steps)
         self.sync_s += time.perf_counter() - began
 
     @contextlib.contextmanager
@@ -91,12 +104,14 @@ class Exchange:
             yield piece.view(dtype), block
 
     def _pull(self) -> Order:
-        self._order = self._client.pull(self._pulled, self._holds)
+        with self._timed("pull"):
+            self._order = self._client.pull(self._pulled, self._holds)
         self._holds = self._order.version
         return self._order
 
     def _load(self, order: Order) -> None:
-        self._trainer.load(self._pulled)
+        with self._timed("load weights"):
+            self._trainer.load(self._pulled)
         self._guide(order)
 
     def _guide(self, order: Order) -> None:
@@ -105,7 +120,8 @@ class Exchange:
     def _push(self, buffer: Buffer, steps: Steps) -> None:
         assert self._order is not None
         self._sequence += 1
-        self._client.push(buffer, steps.as_push(self._sequence, self._order.version))
+        with self._timed("push"):
+            self._client.push(buffer, steps.as_push(self._sequence, self._order.version))
 
 
 class _DeltaExchange(Exchange):
@@ -128,8 +144,16 @@ class _ElasticExchange(Exchange):
     A successor of a worker that died has lost them, and begins at the server's.
     """
 
-    def __init__(self, client: Client, trainer: Trainer, sequence: int, moving_rate: float, has_epochs: bool) -> None:
-        super().__init__(client, trainer, sequence)
+    def __init__(
+        self,
+        client: Client,
+        trainer: Trainer,
+        sequence: int,
+        moving_rate: float,
+        has_epochs: bool,
+        timed: Timed = untimed,
+    ) -> None:
+        super().__init__(client, trainer, sequence, timed=timed)
         self._moving_rate = moving_rate
         self._difference = trainer.layout.allocate()
         self._has_epochs = has_epochs
@@ -188,8 +212,9 @@ class _OverlappedExchange(Exchange):
         pushes_delta: bool,
         has_epochs: bool,
         accumulates: bool = False,
+        timed: Timed = untimed,
     ) -> None:
-        super().__init__(client, trainer, sequence, accumulates=accumulates)
+        super().__init__(client, trainer, sequence, accumulates=accumulates, timed=timed)
         self._pushes_delta = pushes_delta
         self._has_epochs = has_epochs
         self._base = self._local  # what the interval's steps began from
@@ -276,8 +301,10 @@ class _OverlappedExchange(Exchange):
     def _fly(self, outgoing: Buffer, push: Push, last: Order | None) -> tuple[Order, float]:
         """Pushes and pulls; after the last push of all, whose order is `last`, nobody wants what would be pulled."""
         began = time.perf_counter()
-        self._client.push(outgoing, push)
-        order = last or self._client.pull(self._pulled)
+        with self._timed("push"):
+            self._client.push(outgoing, push)
+        with self._timed("pull"):
+            order = last or self._client.pull(self._pulled)
         return order, time.perf_counter() - began
 
     def _land(self) -> Order:
@@ -300,6 +327,7 @@ def exchange_for(
     has_epochs: bool,
     overlap: bool = False,
     accumulates: bool = False,
+    timed: Timed = untimed,
 ) -> Exchange:
     """How a run's combiner wants it.
 
@@ -310,14 +338,22 @@ def exchange_for(
         overlap: whether steps go on while a push and a pull are under way; not in elastic averaging.
         accumulates: whether the client leaves in what it pushes what a lossy codec lost (`Compression.leaves_error`);
             not in elastic averaging.
+        timed: times what the worker does.
     """
     if pushes == "elastic":
-        return _ElasticExchange(client, trainer, sequence, moving_rate, has_epochs)
+        return _ElasticExchange(client, trainer, sequence, moving_rate, has_epochs, timed)
     if overlap:
         return _OverlappedExchange(
-            client, trainer, sequence, pushes_delta=pushes == "delta", has_epochs=has_epochs, accumulates=accumulates
+            client,
+            trainer,
+            sequence,
+            pushes_delta=pushes == "delta",
+            has_epochs=has_epochs,
+            accumulates=accumulates,
+            timed=timed,
         )
-    return (_DeltaExchange if pushes == "delta" else Exchange)(client, trainer, sequence, accumulates=accumulates)
+    exchange = _DeltaExchange if pushes == "delta" else Exchange
+    return exchange(client, trainer, sequence, accumulates=accumulates, timed=timed)
 
 
 def subtract(layout: WeightLayout, new: Buffer, base: Buffer) -> None:

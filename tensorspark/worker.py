@@ -24,6 +24,7 @@ from tensorspark.ps.messages import Order, OrderKind, Registration, TimeSpent
 from tensorspark.shards.client import ShardedClient
 from tensorspark.shards.places import ShardPlace
 from tensorspark.steps import EpochClock, Steps
+from tensorspark.telemetry.notes import Notebook, Timed, logged
 from tensorspark.trainers.base import Trainer, TrainerSpec, obtain
 from tensorspark.weights.compression import NO_COMPRESSION, Compression
 
@@ -45,6 +46,7 @@ class WorkerJob:
         overlap: whether steps go on while a push and a pull are under way.
         compression: how weights travel.
         shards: where the parts of the weights are served; empty: all at `address`.
+        traces: whether the server is told what took how long.
     """
 
     address: ServerAddress
@@ -66,6 +68,7 @@ class WorkerJob:
     overlap: bool = False
     compression: Compression = NO_COMPRESSION
     shards: tuple[ShardPlace, ...] = ()
+    traces: bool = False
 
     @property
     def accumulates(self) -> bool:
@@ -86,12 +89,12 @@ def run_partition(job: WorkerJob, partition: int, attempt: int, rows: Iterable[A
         TensorsparkError: whatever stopped the training; the server has been told.
     """
     rows, was_stopped = iter(rows), False
-    with _client(job) as client:
+    with _client(job) as client, Notebook(client.note, times=job.traces) as notebook, logged(notebook):
         try:
             registration = Registration(job.run, partition, attempt, job.spec.layout.fingerprint, socket.gethostname())
             granted = client.register(registration)
             if not granted.finished:
-                was_stopped = _train(job, partition, rows, client, granted)
+                was_stopped = _train(job, partition, rows, client, granted, notebook.timing)
         except (RunStoppedError, FeedLostError, LeaseLostError):  # nothing to report: Spark tries again where it may
             raise
         except (Exception, SystemExit) as error:  # code that makes the rows may call sys.exit
@@ -109,10 +112,11 @@ def _client(job: WorkerJob) -> ParameterClient | ShardedClient:
     return ParameterClient(job.address, job.spec.layout, compression)
 
 
-def _train(job: WorkerJob, partition: int, rows: Iterator[Any], client: Client, granted: Granted) -> bool:
+def _train(job: WorkerJob, partition: int, rows: Iterator[Any], client: Client, granted: Granted, timed: Timed) -> bool:
     """Returns whether the run was stopped in the middle of an epoch."""
-    trainer = obtain(job.spec, job.content)
-    trainer.reset(partition, job.seed)
+    with timed("make the model"):
+        trainer = obtain(job.spec, job.content)
+        trainer.reset(partition, job.seed)
     with _cache(job) as cache, _cache(job) as validation_cache:
         feed = PartitionFeed(
             rows,
@@ -136,9 +140,10 @@ def _train(job: WorkerJob, partition: int, rows: Iterator[Any], client: Client, 
             has_epochs=job.has_epochs,
             overlap=job.overlap,
             accumulates=job.accumulates,
+            timed=timed,
         )
         with contextlib.closing(exchange):
-            loop = _Loop(job, client, trainer, feed, exchange)
+            loop = _Loop(job, client, trainer, feed, exchange, timed)
             clock = loop.run()
             exchange.end()
         client.finish(
@@ -161,20 +166,27 @@ class _Loop:
     """A partition's intervals, as the server orders them."""
 
     def __init__(
-        self, job: WorkerJob, client: Client, trainer: Trainer, feed: PartitionFeed, exchange: Exchange
+        self,
+        job: WorkerJob,
+        client: Client,
+        trainer: Trainer,
+        feed: PartitionFeed,
+        exchange: Exchange,
+        timed: Timed,
     ) -> None:
         self._job = job
         self._client = client
         self._trainer = trainer
         self._feed = feed
         self._exchange = exchange
+        self._timed = timed
         self._clock = EpochClock()
         self.was_stopped = False
         """Whether the run ended in the middle of an epoch."""
 
     def run(self) -> EpochClock:
         # The first batches of an interval are at hand before the pull, so that its weights are fresh.
-        stretch = self._feed.take(self._job.sync_interval)
+        stretch = self._take(self._job.sync_interval)
         while stretch is not None or self._job.has_epochs:
             order = self._exchange.before()
             if order.kind is OrderKind.FINISH:
@@ -186,23 +198,28 @@ class _Loop:
                 self._client.skip_epoch(order.epoch)  # this partition has no rows to train on
             else:
                 self._train(stretch)
-                stretch = self._feed.take(self._job.sync_interval)
+                stretch = self._take(self._job.sync_interval)
         return self._clock
+
+    def _take(self, num_batches: int) -> Stretch | None:
+        with self._timed("read rows"):
+            return self._feed.take(num_batches)
 
     def _train(self, stretch: Stretch) -> None:
         """One interval: the stretch that is at hand, and more as far as it goes on."""
         steps = Steps(self._trainer, self._job.num_epochs, self._clock)
         following: Stretch | None = stretch
         while following is not None:
-            steps.run(following)
+            with self._timed("steps"):
+                steps.run(following)
             num_left = self._job.sync_interval - steps.num_steps
             is_over = num_left <= 0 or (self._job.has_epochs and following.is_last_of_epoch)
-            following = None if is_over else self._feed.take(num_left)
+            following = None if is_over else self._take(num_left)
         self._exchange.after(steps)
 
     def _evaluate(self, order: Order) -> None:
         num_samples = 0
-        with self._exchange.evaluating():
+        with self._exchange.evaluating(), self._timed("evaluate"):
             for columns in self._feed.validation():
                 num_samples += len(columns[0])
                 self._trainer.evaluate(columns, self._job.batch_size)

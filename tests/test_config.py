@@ -45,9 +45,16 @@ EXAMPLES: dict[str, tuple[Any, str, Any]] = {
     "io_timeout_s": (60, "3min", 180.0),
     "receive_buffer_bytes": (1000, "64k", 65536),
     "cache_memory_bytes": (0, "2g", 2147483648),
+    "dashboard": (True, "false", False),
+    "dashboard_token": ("0123456789abcdef", "a-token.of_the~conf", "a-token.of_the~conf"),
+    "log_dir": ("/var/log/runs", "hdfs://host:8020/logs", "hdfs://host:8020/logs"),
+    "trace_dir": ("/tmp/traces", "file:///tmp/t", "file:///tmp/t"),
 }
 
 BAD_ARGUMENTS = [
+    ("dashboard", "yes"),
+    ("log_dir", ""),
+    ("trace_dir", 7),
     ("sync_interval", 0),
     ("sync_interval", -1),
     ("sync_interval", 1.5),
@@ -292,6 +299,14 @@ def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
 @given(number=st.integers(0, 10**6), unit=st.sampled_from(list("kmgtp")))
 def test_a_size_is_its_number_times_a_power_of_1024(number: int, unit: str) -> None:
     assert parse_size_bytes(f"{number}{unit}") == number * 1024 ** ("bkmgtp".index(unit))
+
+
+@pytest.mark.parametrize("token", ["too short", "sixteen letters & a space", "", 1234567890123456])
+def test_a_bad_token_is_refused_without_being_told(token: object) -> None:
+    with pytest.raises(ConfigError, match=r"dashboard_token .* must be at least 16 letters, digits") as caught:
+        resolve({"dashboard_token": token}, {})
+    assert not token or str(token) not in str(caught.value)
+    assert "0123456789abcdef" not in repr(resolve({"dashboard_token": "0123456789abcdef"}, {}))
 
 
 def test_the_readme_table_has_a_row_for_every_key() -> None:

@@ -197,7 +197,7 @@ def test_runs_follow_one_another_and_workers_keep_their_trainer(
 ) -> None:
     rows = rows_of(16)
     seen, ports = [], []
-    with SparkSession(sc, model.session, batch_size=4) as session:
+    with SparkSession(sc, model.session, batch_size=4, dashboard=False) as session:
         for _ in range(2):
             run(session, model, sc.parallelize(rows, 1), server_reusable=reusable)
             seen.append(set(sc.parallelize(range(2), 2).flatMap(kept_trainers).collect()))
@@ -253,7 +253,7 @@ def test_temporary_files_are_gone_after_a_failed_run(sc: SparkContext, model: Re
     with SparkSession(sc, model.session, hdfs_dir=str(tmp_path), tmp_dir=str(tmp_path)) as session:
         with pytest.raises(WorkerFailedError):
             run(session, model, sc.parallelize([(1, 2)], 1))
-        assert session._server is None
+        assert session.status() is None
     assert files_in(tmp_path) == []
 
 
@@ -338,7 +338,7 @@ def test_an_interrupt_ends_job_and_server_and_leaves_a_session_that_runs_again(
     threading.Timer(3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         run(session, model, sc.parallelize(rows_of(1000), 2).map(slow))
-    assert session._server is None
+    assert session.status() is None
     assert not sc.statusTracker().getActiveJobsIds()
     np.testing.assert_array_equal(model.weights[0], W0)
     assert run(session, model, sc.parallelize(rows, 1)).num_samples == 4
@@ -491,7 +491,7 @@ def test_a_combiner_that_raises_is_a_combiner_error(sc: SparkContext, model: Reg
     with SparkSession(sc, model.session, batch_size=4) as session:
         with pytest.raises(CombinerError, match=r"Raising\.compute for W:0 raised ZeroDivisionError: on purpose"):
             run(session, model, sc.parallelize(rows_of(8), 2), weight_combiner=Raising())
-        assert session._server is None
+        assert session.status() is None
 
 
 BAD_RUNS = {
@@ -610,12 +610,16 @@ def test_constructor_arguments_that_cannot_work_are_refused(
         SparkSession(**{"spark_context": sc, "session": model.session, **options})
 
 
-def test_a_taken_port_is_named_before_a_task_starts(sc: SparkContext, model: Regression) -> None:
+def test_a_port_that_is_taken_gives_way_to_the_next_and_is_named(
+    sc: SparkContext, model: Regression, caplog: pytest.LogCaptureFixture
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        expected = f"port {port} cannot be opened on 127.0.0.1"
-        with SparkSession(sc, model.session, server_port=port) as session, pytest.raises(ConfigError, match=expected):
-            run(session, model, sc.parallelize(rows_of(2), 1))
+        with SparkSession(sc, model.session, server_port=port) as session:
+            run(session, model, sc.parallelize(rows_of(2), 1), server_reusable=True)
+            assert session._server is not None
+            assert port < session._server.port <= port + 16
+    assert f"port {port} (spark.tensorspark.server.port) is taken" in caplog.text
 
 
 def test_an_address_that_executors_cannot_reach_is_said_within_seconds(sc: SparkContext, model: Regression) -> None:

@@ -18,6 +18,7 @@ from tensorspark.ps.client import ParameterClient, ServerAddress
 from tensorspark.ps.messages import Cursor, EpochPlan, Push, Registration, TimeSpent
 from tensorspark.ps.protocol import Kind
 from tensorspark.ps.server import ParameterServer
+from tensorspark.telemetry.notes import Line, Timing
 from tensorspark.weights.combiners import DeltaWeightCombiner
 from tensorspark.weights.layout import WeightLayout
 
@@ -76,6 +77,7 @@ def record(layout: WeightLayout, epochs: EpochPlan) -> list[bytes]:
                     client.push(weights, Push(2, Cursor(1), 3, 30, 1, sums={"loss": 1.25}, progress=0.5, totals=totals))
                     client.flush()
                     if partition == 0:
+                        client.note((Line(30, "worker", "low on memory"),), (Timing("steps", 1.5, 0.25),))
                         client.pull(weights)
                         client.report_evaluation(0, totals, 20)
                         server.release_epoch(0, {"learning_rate": 0.25})

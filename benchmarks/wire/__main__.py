@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from benchmarks.measuring.report import Report, argument_parser
-from benchmarks.wire import clients, codecs, json_comparison, memory, raw_comparison, shards
+from benchmarks.wire import clients, codecs, json_comparison, memory, pages, raw_comparison, shards
 
 PARTS: dict[str, Callable[[Report, bool], None]] = {
     "raw": raw_comparison.measure,
@@ -23,6 +23,7 @@ PARTS: dict[str, Callable[[Report, bool], None]] = {
     "memory": memory.measure,
     "shards": shards.measure,
     "json": json_comparison.measure,
+    "pages": pages.measure,
 }
 """What adds a part's rows to a report, by its name; takes whether it is to be quick."""
 

@@ -53,11 +53,13 @@ class WrittenCheckpoint:
     Attributes:
         url: of its directory.
         written_at: seconds since 1970.
+        num_bytes: of all its files.
     """
 
     number: int
     url: str
     written_at: float
+    num_bytes: int
 
 
 class CheckpointDirectory:
@@ -103,7 +105,7 @@ class CheckpointDirectory:
             attempt("remove old checkpoints in", self.url, lambda: _prune(filesystem, path, number, self._keep))
         except StagingError as error:
             logger.warning("checkpoint %d is written, but older ones could not be removed: %s", number, error)
-        return WrittenCheckpoint(number, self.url, time.time())
+        return WrittenCheckpoint(number, self.url, time.time(), sum(file.num_bytes for file in files.values()))
 
     def read_newest(self, log: logging.Logger = logger) -> RunCheckpoint:
         """The newest checkpoint that is whole; `log` is warned of every newer one that is not.
@@ -151,6 +153,7 @@ class Checkpointer:
         capture: makes a checkpoint whose buffers do not change any more, or None where there is nothing to keep. Called
             on this class's thread, or by `write_last`. It must have a deadline of its own.
         interval_s: from the beginning of one to the beginning of the next.
+        on_written: told of each: version of the weights, URL of the directory, bytes, seconds that it took.
         close_deadline_s: how long leaving the block waits for a write that is under way.
 
     Attributes:
@@ -163,6 +166,7 @@ class Checkpointer:
         directory: CheckpointDirectory,
         capture: Callable[[], RunCheckpoint | None],
         interval_s: float,
+        on_written: Callable[[int, str, int, float], None] = lambda version, url, num_bytes, duration_s: None,
         *,
         close_deadline_s: float = _CLOSE_DEADLINE_S,
     ) -> None:
@@ -173,6 +177,7 @@ class Checkpointer:
         self._directory = directory
         self._capture = capture
         self._interval_s = interval_s
+        self._on_written = on_written
         self._close_deadline_s = close_deadline_s
         self._written: object = None
         self._told: set[str] = set()
@@ -222,6 +227,7 @@ class Checkpointer:
                     self._write()
 
     def _write(self) -> None:
+        began = time.monotonic()
         try:
             checkpoint = self._capture()
             if checkpoint is None:
@@ -231,6 +237,7 @@ class Checkpointer:
                 self.last = self._directory.write(checkpoint)
                 self._written = state
                 logger.info("checkpoint %d written to %s", self.last.number, self.last.url)
+                self._on_written(checkpoint.version, self.last.url, self.last.num_bytes, time.monotonic() - began)
         except Exception as error:  # whatever it is, the training goes on
             self._note(error)
             return

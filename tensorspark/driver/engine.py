@@ -18,6 +18,7 @@ from tensorspark.config import Config
 from tensorspark.driver.arguments import RunPlan
 from tensorspark.driver.checkpoints import CheckpointDirectory
 from tensorspark.driver.continuing import continued, planned_values
+from tensorspark.driver.describing import label_of, run_began
 from tensorspark.driver.jobs import settled_slots
 from tensorspark.driver.preflight import require_ready
 from tensorspark.driver.progress import ProgressLine
@@ -25,6 +26,7 @@ from tensorspark.driver.publishing import Publisher
 from tensorspark.driver.resources import Resources, address_of
 from tensorspark.driver.shard_tasks import ShardTasks
 from tensorspark.driver.training import EpochDriver, JobLabel, exclusively, require_trained, run_job
+from tensorspark.driver.watching import RunWatch, Watchers
 from tensorspark.errors import (
     CheckpointError,
     ConfigError,
@@ -40,6 +42,7 @@ from tensorspark.ps.messages import EpochPlan
 from tensorspark.ps.sync import SyncPlan
 from tensorspark.shards.processes import ShardProcesses
 from tensorspark.shards.sharded_server import AnyServer, ShardedServer
+from tensorspark.telemetry.records import mode_of
 from tensorspark.weights.compression import Compression
 from tensorspark.worker import WorkerJob
 
@@ -90,12 +93,17 @@ class Engine:
         self._num_recoveries = 0
         self._is_recovering = False
         self._attempt_of = ""  # the run: what its checkpoints are known by, of all its attempts
+        self._num_jobs = 0
         self._running = threading.Lock()
+        self.watchers = Watchers(config, user=user, run_id=self._run_id)
+        self.watch: RunWatch | None = None
         self._publisher = Publisher(spark_context, self._run_id, config.hdfs_dir, config.tmp_dir, user)
         start_shards: Any = ShardProcesses
         if config.num_task_shards:
             start_shards = functools.partial(ShardTasks, spark_context, f"tensorspark-{self._run_id}-shards")
-        self._resources = Resources(self._publisher, config, host or "localhost", user, start_shards)
+        self._resources = Resources(
+            self._publisher, config, host or "localhost", user, start_shards, self.watchers.site
+        )
         # Runs at exit too, and when the session is forgotten: who makes it anew in a shell finds its port free.
         self.close = weakref.finalize(self, self._resources.close)
 
@@ -180,10 +188,11 @@ class Engine:
             try:
                 history = self._train(model, captured, plan, progress, epochs, planned or {})
                 if not keeps_server:
-                    self.stop_server()
+                    self._retire_server()
                 return history
             except BaseException as error:
-                self.stop_server()
+                self._end_watch(error)
+                self._retire_server()
                 plan.combiner.reset_value()  # what it has seen is in no weights
                 if isinstance(error, Exception) and not self.close.alive:
                     raise SessionClosedError("this SparkSession was closed while it trained") from error
@@ -191,6 +200,17 @@ class Engine:
 
     def stop_server(self) -> None:
         self._resources.stop_server()
+
+    def _retire_server(self) -> None:
+        """The run is over: nothing of it is kept but, where there is a dashboard, the page that shows how it ended."""
+        if self.watchers.has_dashboard:
+            self._resources.retire_server()
+        else:
+            self.stop_server()
+
+    def _end_watch(self, error: BaseException | None = None, *, was_stopped: bool = False) -> None:
+        if self.watch is not None:
+            self.watch.end(error, was_stopped=was_stopped)
 
     def _train(
         self,
@@ -206,17 +226,15 @@ class Engine:
         self._is_recovering = False
         layout = captured.spec.layout
         resume = self.restored and continued(self.restored, plan, self.config, layout)
-        server, job = self._begin(captured, plan, resume)
+        self._num_jobs += 1
+        label = label_of(self.name, f"{self._run_id}-{self._num_jobs}", plan, self.config)
+        server, job, watch = self._begin(captured, plan, resume, label)
         began = time.monotonic()
         line = ProgressLine(self.name, progress)
-        for note in plan.notes:
+        for note in (*self.watchers.notes(server), *plan.notes):
             line.note(note)
-        with self._checkpoints(server, plan, planned, line) as write_last:
-            label = JobLabel(
-                group=f"tensorspark-{self._run_id}-{job.run}",
-                description=f"tensorspark {self.name}: run {job.run}, {plan.num_epochs} epoch(s)",
-            )
-            with _blaming_lost_shards(server):
+        with self._checkpoints(server, plan, planned, line, watch) as write_last:
+            with _blaming_lost_shards(server), watch.timed("Spark job"):
                 run_job(plan.feed_rdd, job, server, line, label, epochs)
             write_last()
         seconds = time.monotonic() - began + (resume.seconds if resume else 0.0)
@@ -224,6 +242,7 @@ class Engine:
         weights = layout.allocate()
         was_stopped = epochs is not None and epochs.wants_stop
         require_trained(workers, server.read_weights(weights), was_stopped=was_stopped)
+        watch.end(None, was_stopped=was_stopped)
         if isinstance(server, ShardedServer):
             server.end_run()
         model.assign(layout, weights)
@@ -236,10 +255,17 @@ class Engine:
             seed=plan.seed,
             points=points,
             workers=workers,
+            mode=mode_of(self.config.staleness),
+            dashboard_url=self.watchers.url(server),
+            log_dir=watch.log_dir,
+            trace=None if watch.trace is None else watch.trace.url,
         )
 
-    def _begin(self, captured: Captured, plan: RunPlan, resume: RunCheckpoint | None) -> tuple[AnyServer, WorkerJob]:
+    def _begin(
+        self, captured: Captured, plan: RunPlan, resume: RunCheckpoint | None, label: JobLabel
+    ) -> tuple[AnyServer, WorkerJob, RunWatch]:
         config, spec = self.config, captured.spec
+        began_at = time.monotonic() - (resume.seconds if resume else 0.0)
         content = self._publisher.publish(captured.content, spec.content_hash)
         server = self._resources.server_for(spec.layout, plan.combiner)
         if resume and not isinstance(server, ShardedServer):
@@ -252,11 +278,15 @@ class Engine:
             resume=resume,
             epochs=_epoch_plan(plan, spec.num_totals),
             compression=self._compression,
+            keeps_spans=self.watchers.keeps_spans,
         )
+        began = run_began(self.spark_context, self.name, config, plan, spec.layout, run, resume, label)
+        self.watch = watch = self.watchers.watch(server, began, began_at=began_at, graph=captured.graph)
         address = address_of(server, config)
         shards = server.places if isinstance(server, ShardedServer) else ()
-        self._check_executors(address, tuple(place.address for place in shards[1:]))
-        return server, WorkerJob(
+        with watch.timed("preflight"):
+            self._check_executors(address, tuple(place.address for place in shards[1:]))
+        job = WorkerJob(
             address=address,
             run=run,
             spec=spec,
@@ -276,7 +306,9 @@ class Engine:
             overlap=config.overlap,
             compression=self._compression,
             shards=shards,
+            traces=self.watchers.traces,
         )
+        return server, job, watch
 
     def _check_executors(self, address: ServerAddress, others: tuple[ServerAddress, ...]) -> None:
         """Whether they can train. Shards are elsewhere in each run, so with them each is checked."""
@@ -295,12 +327,14 @@ class Engine:
 
     @contextlib.contextmanager
     def _checkpoints(
-        self, server: AnyServer, plan: RunPlan, planned: Mapping[str, Any], line: ProgressLine
+        self, server: AnyServer, plan: RunPlan, planned: Mapping[str, Any], line: ProgressLine, watch: RunWatch
     ) -> Iterator[Callable[[], object]]:
         def described() -> dict[str, Any]:
             return {"name": self.name, "attempt_of": self._attempt_of, **planned_values(plan, self.config), **planned}
 
-        with self._resources.checkpoints(server, self.checkpoint_dir, described) as checkpointer:
+        with self._resources.checkpoints(
+            server, self.checkpoint_dir, described, watch.checkpoint_written
+        ) as checkpointer:
             if self.checkpoint_dir is not None:
                 line.note(f"checkpoints, for SparkSession.restore, go to {self.checkpoint_dir}")
             yield (lambda: None) if checkpointer is None else checkpointer.write_last

@@ -217,6 +217,7 @@ class _Epochs:
     """What the driver does at the end of each epoch: metrics, callbacks, and the word to go on."""
 
     def __init__(self, engine: Engine, model: FitModel, plan: FitPlan, captured: Captured) -> None:
+        self._engine = engine
         self._model = model
         self._plan = plan
         self._layout = captured.spec.layout
@@ -272,6 +273,8 @@ class _Epochs:
             evaluation = self._model.logs(_added(end.evaluation))
             logs |= {f"val_{name}": value for name, value in evaluation.items()}
         self._callbacks.end_epoch(end.epoch, logs, evaluation)
+        if self._engine.watch is not None:
+            self._engine.watch.epoch_ended(end.epoch, logs)
         self.logs.append(logs)
         self.planned["epoch_logs"] = json.dumps(self.logs, default=_as_list)
 

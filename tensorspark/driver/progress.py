@@ -1,75 +1,163 @@
-"""Progress of a run, as one line."""
+"""Progress of a run, for who waits for it: a bar in terminals and notebooks, elsewhere a line now and then."""
 
 from __future__ import annotations
 
-import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from typing import TextIO
 
+from tensorspark.driver.displays import Part, choose_display
 from tensorspark.ps.messages import Status
 
-_TERMINAL_INTERVAL_S = 0.2
-_LOG_INTERVAL_S = 10.0
+_RATE_WINDOW_S = 30.0
+_FIRST_TO_DROP = 10
 
 
 class ProgressLine:
-    """Shows a run's status on stderr, from the first step on: one line that is rewritten on a terminal, elsewhere a
-    line every 10 s.
+    """Shows a run's status on stderr: in a terminal or a notebook as a bar, which is redrawn in place; elsewhere as a
+    line every 10 s, without escape codes or carriage returns.
+
+    The bar is the share of the training that is done; it never goes back, and there is none while the share is not
+    known. For one thread at a time.
 
     Args:
+        name: of the session; the line begins with it.
         enabled: False shows nothing.
+        stream: None: stderr as it is now, and in a notebook the widget of ipywidgets where that is installed.
+        clock: seconds, from anywhere.
     """
 
-    def __init__(self, name: str, enabled: bool = True, stream: TextIO | None = None) -> None:
-        self._name = name
+    def __init__(
+        self,
+        name: str,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name = name or "tensorspark"
         self._enabled = enabled
-        self._stream = stream or sys.stderr
-        self._is_terminal = self._stream.isatty()
-        self._first: tuple[float, Status] | None = None
-        self._shown_at = 0.0
-        self._num_shown = 0
+        self._display = choose_display(stream)
+        self._pace: _Pace | None = None
+        self._share: float | None = None
+        self._clock = clock
+        self._began = self._shown_at = clock()
+        self._has_shown = False
 
     def show(self, status: Status, *, last: bool = False) -> None:
         """Shows `status` if it is time to; `last` always shows it and ends the line."""
-        now = time.monotonic()
-        interval_s = _TERMINAL_INTERVAL_S if self._is_terminal else _LOG_INTERVAL_S
-        if not self._enabled or not (last or (status.num_steps and now - self._shown_at >= interval_s)):
+        if not self._enabled:
             return
-        self._shown_at = now
-        self._first = self._first or (now, status)
-        line = describe(self._name, status, self._first[1], now - self._first[0])
-        if self._is_terminal:
-            self._stream.write(f"\r\x1b[K{line}" + ("\n" if last else ""))
-        else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
-        self._num_shown += 1
+        now = self._clock()
+        is_first_step = bool(status.num_steps) and self._pace is None
+        if is_first_step:
+            self._pace = _Pace(now, status)
+        if self._pace is not None:
+            self._pace.add(now, status)
+        if not (last or is_first_step or self._is_time(now)):
+            return
+        self._shown_at, self._has_shown = now, True
+        if status.progress is not None:
+            self._share = max(self._share or 0.0, min(status.progress, 1.0))
+        parts = describe(status, self._pace, now - self._began if last else None)
+        self._display.draw(self._name, self._share, parts)
+        if last:
+            self._display.end(has_failed=False)
 
     def note(self, text: str) -> None:
-        """Shows a line that stays."""
+        """Shows a line that stays, above the bar."""
         if self._enabled:
-            self._stream.write(f"{self._name or 'tensorspark'}: {text}\n")
-            self._stream.flush()
+            self._display.write(f"{self._name}: {text}")
 
     def abandon(self) -> None:
         """Ends the line where it is, so that what follows (a traceback) begins on its own."""
-        if self._is_terminal and self._num_shown:
-            self._stream.write("\n")
-            self._stream.flush()
+        self._display.end(has_failed=True)
+
+    def _is_time(self, now: float) -> bool:
+        is_first = not self._has_shown and self._display.shows_start
+        return is_first or now - self._shown_at >= self._display.interval_s
 
 
-def describe(name: str, status: Status, first: Status, seconds: float) -> str:
-    """One line, such as ``mnist: step 1,200  loss 0.31  41,520 samples/s  2 live, 0 of 2 partitions done  ETA 0:12``.
+class _Pace:
+    """How fast a run goes, from its first step on: what came before it was start-up.
+
+    Attributes:
+        samples_per_s: over the last 30 s; None where that cannot be said yet.
+        left_s: until the end, if the rest goes as what is done; None where that cannot be said.
+    """
+
+    def __init__(self, now: float, first: Status) -> None:
+        self._first = (now, first.num_samples, first.progress)
+        self._recent: deque[tuple[float, int]] = deque()
+        self.samples_per_s: float | None = None
+        self.left_s: float | None = None
+
+    def add(self, now: float, status: Status) -> None:
+        """Takes note of a status."""
+        recent = self._recent
+        recent.append((now, status.num_samples))
+        while len(recent) > 2 and now - recent[1][0] >= _RATE_WINDOW_S:
+            recent.popleft()
+        seconds = now - recent[0][0]
+        if seconds > 0 and status.num_samples > recent[0][1]:
+            self.samples_per_s = (status.num_samples - recent[0][1]) / seconds
+        self.left_s = self._left_s(now, status.progress)
+
+    def mean_samples_per_s(self, status: Status) -> float | None:
+        """Since the first step, up to the status noted last."""
+        began, num_samples, _ = self._first
+        seconds = self._recent[-1][0] - began
+        return (status.num_samples - num_samples) / seconds if seconds > 0 < status.num_samples - num_samples else None
+
+    def _left_s(self, now: float, share: float | None) -> float | None:
+        began, _, first_share = self._first
+        if share is None or not (first_share or 0.0) < share < 1:
+            return None
+        return (now - began) * (1 - share) / (share - (first_share or 0.0))
+
+
+def describe(status: Status, pace: _Pace | None = None, took_s: float | None = None) -> list[Part]:
+    """What the line says, in its order: ``epoch 2/5``, ``step 1,200``, ``loss 0.31``, ``41,520 samples/s``, ...
 
     Args:
-        first: the first status of the run that had steps, `seconds` ago: what came before it was start-up.
+        pace: None before the first step.
+        took_s: how long the run has taken, once it is over.
     """
-    parts = [f"{name or 'tensorspark'}: step {status.num_steps:,}"]
-    parts += [f"{scalar} {value:.4g}" for scalar, value in status.scalars.items()]
-    if seconds > 0 and status.num_samples > first.num_samples:
-        parts.append(f"{(status.num_samples - first.num_samples) / seconds:,.0f} samples/s")
-    parts.append(f"{status.num_live} live, {status.num_finished} of {status.num_partitions} partitions done")
-    if status.progress is not None and (first.progress or 0) < status.progress < 1:
-        left_s = seconds * (1 - status.progress) / (status.progress - (first.progress or 0))
-        parts.append(f"{status.progress:.0%}  ETA {int(left_s // 60)}:{int(left_s % 60):02d}")
-    return "  ".join(parts)
+    if not status.num_steps and took_s is None:
+        return [Part(f"starting, {status.num_live} live", 0)]
+    parts = []
+    if status.epoch is not None and status.num_epochs is not None:
+        parts.append(Part(f"epoch {min(status.epoch + 1, status.num_epochs)}/{status.num_epochs}", 4))
+    parts.append(Part(f"step {status.num_steps:,}", 5))
+    for number, (scalar, value) in enumerate(status.scalars.items()):
+        parts.append(Part(f"{scalar} {value:.4g}", 1 if number == 0 else _FIRST_TO_DROP + number))
+    rate = None
+    if pace is not None:
+        rate = pace.samples_per_s if took_s is None else pace.mean_samples_per_s(status)
+    if rate is not None:
+        parts.append(Part(f"{rate:,.0f} samples/s", 6))
+    parts += _workers(status)
+    if took_s is not None:
+        parts.append(Part(f"took {_clock(took_s)}", 2))
+    elif pace is not None and pace.left_s is not None:
+        parts.append(Part(f"ETA {_clock(pace.left_s)}", 2))
+    return parts
+
+
+def _workers(status: Status) -> list[Part]:
+    parts = [Part(f"{status.num_live} live", 7)]
+    if status.num_lost:
+        parts.append(Part(f"{status.num_lost} lost", 3))
+    if status.num_waiting:
+        parts.append(Part(f"{status.num_waiting} waiting", 8))
+    if status.num_resting:
+        parts.append(Part(f"{status.num_resting} at the epoch's end", 8))
+    return [*parts, Part(f"{status.num_finished} of {status.num_partitions} partitions done", 9)]
+
+
+def _clock(seconds: float) -> str:
+    """``0:12``, ``12:34``, ``1:02:03``."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

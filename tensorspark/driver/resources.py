@@ -14,8 +14,9 @@ from pyspark import cloudpickle
 from tensorspark.config import Config
 from tensorspark.driver.checkpoints import CheckpointDirectory, Checkpointer
 from tensorspark.driver.publishing import Publisher
-from tensorspark.errors import ConfigError
+from tensorspark.errors import ConfigError, PortTakenError
 from tensorspark.ps.checkpoint import Plain, RunCheckpoint
+from tensorspark.ps.http import Site
 from tensorspark.ps.link import ServerAddress
 from tensorspark.ps.server import ParameterServer
 from tensorspark.shards.fleet import Hosts
@@ -33,6 +34,7 @@ StartShards = Callable[[Sequence[ShardJob]], Hosts]
 
 _LOOPBACK = "127.0.0.1"
 _MIN_CAPTURE_TIMEOUT_S = 60.0
+_MAX_PORT_RETRIES = 16
 
 
 class Resources:
@@ -42,6 +44,7 @@ class Resources:
         server_host: advertised to executors.
         user: who writes to HDFS.
         start_shards: starts the processes of all shards but the first.
+        site: pages that servers serve beside their own.
     """
 
     def __init__(
@@ -51,7 +54,9 @@ class Resources:
         server_host: str,
         user: str,
         start_shards: StartShards = ShardProcesses,
+        site: Site | None = None,
     ) -> None:
+        self._site = site
         self._publisher = publisher
         self._config = config
         self._server_host = server_host
@@ -70,7 +75,7 @@ class Resources:
         if self.server is not None and _what_it_serves(self.server) != [s.layout.fingerprint for s in shards]:
             self.stop_server()
         if self.server is None:
-            self.server = start_server(layout, self._config, self._server_host, shards, self._start_shards)
+            self.server = start_server(layout, self._config, self._server_host, shards, self._start_shards, self._site)
         return self.server
 
     def _shards(self, layout: WeightLayout, combiner: WeightCombiner) -> Sequence[Shard]:
@@ -91,12 +96,17 @@ class Resources:
         return shards if len(shards) > 1 else whole
 
     def checkpoints(
-        self, server: AnyServer, url: str | None, planned: Callable[[], Mapping[str, Plain]]
+        self,
+        server: AnyServer,
+        url: str | None,
+        planned: Callable[[], Mapping[str, Plain]],
+        on_written: Callable[[int, str, int, float], None] = lambda version, url, num_bytes, duration_s: None,
     ) -> contextlib.AbstractContextManager[Checkpointer | None]:
         """Writes checkpoints of the server's current run to `url` meanwhile, if it is to have any.
 
         Args:
             planned: says what each is to say of the run; see `driver.continuing`.
+            on_written: told of each: version, URL, bytes, seconds that it took.
         """
         if url is None:
             return contextlib.nullcontext()
@@ -111,7 +121,12 @@ class Resources:
 
         directory = CheckpointDirectory(url, user=self._user, keep=self._config.keep_checkpoints)
         logger.info("checkpoints go to %s", url)
-        return Checkpointer(directory, capture, self._config.checkpoint_interval_s)
+        return Checkpointer(directory, capture, self._config.checkpoint_interval_s, on_written)
+
+    def retire_server(self) -> None:
+        """Frees what the server holds of its run; it goes on to show its pages, until the next run or the end."""
+        if self.server is not None:
+            self.server.retire()
 
     def stop_server(self) -> None:
         server, self.server = self.server, None
@@ -137,8 +152,9 @@ def start_server(
     host: str,
     shards: Sequence[Shard] = (),
     start_shards: StartShards = ShardProcesses,
+    site: Site | None = None,
 ) -> AnyServer:
-    """A parameter server as `config` says, of all weights or of several shards.
+    """A parameter server as `config` says, of all weights or of several shards, at its port or the next free one.
 
     Raises:
         ConfigError: see `ParameterServer`.
@@ -150,9 +166,10 @@ def start_server(
         "tls": config.tls_enabled,
         "max_connections": config.max_connections,
     }
+    first = shards[0].layout if len(shards) > 1 else layout
+    primary = _at_free_port(config.server_port, lambda port: ParameterServer(first, host, port, site=site, **arguments))
     if len(shards) < 2:
-        return ParameterServer(layout, host, config.server_port, **arguments)
-    primary = ParameterServer(shards[0].layout, host, config.server_port, **arguments)
+        return primary
     return ShardedServer(
         layout,
         shards,
@@ -164,6 +181,27 @@ def start_server(
         listen_host=host if config.num_task_shards else _LOOPBACK,
         shards_host=None if config.num_task_shards else host,
     )
+
+
+def _at_free_port(port: int, start: Callable[[int], ParameterServer]) -> ParameterServer:
+    """Starts a server at the port or, as Spark does with its own, at one of the next sixteen.
+
+    Raises:
+        PortTakenError: all are taken.
+    """
+    for candidate in range(port, min(port + _MAX_PORT_RETRIES, 65535) + 1):
+        try:
+            server = start(candidate)
+        except PortTakenError:
+            if candidate - port == _MAX_PORT_RETRIES or candidate == 65535:
+                raise
+            continue
+        if candidate != port:
+            logger.warning(
+                "port %d (spark.tensorspark.server.port) is taken: the server listens at %d", port, candidate
+            )
+        return server
+    raise AssertionError("unreachable")
 
 
 def _pickled(combiner: WeightCombiner) -> bytes:

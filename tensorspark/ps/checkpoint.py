@@ -37,8 +37,8 @@ import numpy as np
 
 from tensorspark.errors import CheckpointError
 from tensorspark.history import RecorderState
+from tensorspark.plain import WrongValueError, as_plain, build
 from tensorspark.ps.messages import EpochProgress, PartitionProgress
-from tensorspark.ps.records import WrongValueError, as_plain, build
 from tensorspark.weights.combiners import CombinerState
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 

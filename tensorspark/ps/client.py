@@ -6,7 +6,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from tensorspark.ps.link import Link, ServerAddress
 from tensorspark.ps.messages import MAX_TOTALS_BYTES, Asked, Cursor, Order, Push, Registration, TimeSpent
 from tensorspark.ps.payloads import Intake, Outlet
 from tensorspark.ps.protocol import Kind
+from tensorspark.telemetry.notes import Line, Timing
 from tensorspark.weights.compression import NO_COMPRESSION, Compression
 from tensorspark.weights.layout import Buffer, WeightLayout
 
@@ -24,6 +25,7 @@ __all__ = ["Granted", "ParameterClient", "ServerAddress"]
 _MAX_TRACEBACK_BYTES = 2**15
 _FIRST_BACKOFF_S = 0.1
 _MAX_BACKOFF_S = 5.0
+_NOTE_S = 1.0
 _RECONNECTED_S = 0.1  # how often one who reports a failure looks whether there is a new connection
 _T = TypeVar("_T")
 
@@ -69,6 +71,7 @@ class ParameterClient:
         self._registration: Registration | None = None
         self._is_granted = False
         self._holder: Link | None = None  # the newest link that has the lease
+        self._clock_bound: float | None = None  # see `telemetry.clocks`
         self._unanswered: list[tuple[Push, Buffer]] = []
         self._turn = threading.Lock()  # held while a frame is sent or an answer awaited
         self._closing = threading.Event()
@@ -191,6 +194,17 @@ class ParameterClient:
         finally:
             self._turn.release()
 
+    def note(self, lines: Sequence[Line], timings: Sequence[Timing]) -> bool:
+        """Tells the server, between two other frames, what nothing waits for; whether it left. On any thread."""
+        link = self._holder
+        if link is None:
+            return False
+        header = headers.note_header(time.monotonic(), self._clock_bound, lines, timings)
+        try:
+            return link.interject(Kind.NOTE, header, _NOTE_S)
+        except TransportError:  # the next exchange will see it, and may mend it
+            return False
+
     def _report(self, header: dict[str, object]) -> None:
         with contextlib.suppress(TransportError):
             self._link.send(Kind.FAIL, header)
@@ -235,6 +249,8 @@ class ParameterClient:
         assert self._registration is not None
         self._link.send(Kind.REGISTER, vars(replace(self._registration, is_resuming=self._is_granted)))
         header, _ = self._link.receive(Kind.GRANTED)
+        bound = protocol.field(header, "clock", float) - time.monotonic()
+        self._clock_bound = bound if self._clock_bound is None else max(bound, self._clock_bound)
         self._holder = self._link
         return Granted(
             sequence=protocol.count(header, "sequence"),

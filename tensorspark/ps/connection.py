@@ -33,6 +33,7 @@ class Frame:
         payload: a pooled buffer that the receiver gives back. Of weights that are encoded, its end holds the bytes.
         totals: came behind it.
         num_bytes: of the payload and the totals, on the wire.
+        began_at: when its first bytes were there, on the monotonic clock.
     """
 
     kind: Kind
@@ -40,6 +41,7 @@ class Frame:
     payload: Buffer | None
     totals: bytes = b""
     num_bytes: int = 0
+    began_at: float = 0.0
 
 
 class Connection:
@@ -96,7 +98,7 @@ class Connection:
             await asyncio.wait([self._unwritten])
         self._unwritten = None
         data = await self._stream.read_bytes(protocol.PREFIX_BYTES)
-        self.heard_at = time.monotonic()
+        self.heard_at = began_at = time.monotonic()
         prefix = protocol.decode_prefix(data, protocol.FROM_WORKER, self._layout.num_bytes + self._totals_bytes)
         async with asyncio.timeout(self._deadline_s):
             header = protocol.decode_header(await self._stream.read_bytes(prefix.header_bytes))
@@ -104,7 +106,7 @@ class Connection:
         payload = await self._read_payload(weights_bytes) if weights_bytes else None
         totals = await self._read_totals(prefix.payload_bytes - weights_bytes, payload)
         self.heard_at = time.monotonic()
-        return Frame(prefix.kind, header, payload, totals, prefix.payload_bytes)
+        return Frame(prefix.kind, header, payload, totals, prefix.payload_bytes, began_at)
 
     def _weights_bytes(self, prefix: Prefix, header: Mapping[str, Any]) -> int:
         """How much of the payload is weights; the rest of it is totals, or too long or short."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tensorspark.errors import ProtocolError
 from tensorspark.ps import protocol
 from tensorspark.ps.messages import Asked, Cursor, Grant, Order, OrderKind, Push, Registration, TimeSpent
+from tensorspark.telemetry.notes import Line, Note, Timing
 
 if TYPE_CHECKING:  # workers need no Tornado
     from tensorspark.ps.connection import Frame
 
 # Of the steps or rows in one report: what is added up of them goes out as 63 bits, however many report.
 COUNT_BITS = 40
+# Of a clock, or between two of its times: what is added up of them stays finite, for files and traces.
+_MAX_CLOCK_S = 1e12
 _ASKED = {kind.value: kind for kind in Asked}
 _ORDERS = {kind.value: kind for kind in OrderKind}
 
@@ -61,7 +64,7 @@ def push(frame: Frame) -> Push:
         num_samples=protocol.count(header, "num_samples", COUNT_BITS),
         version=protocol.count(header, "version"),
         sums={str(name): protocol.field(sums, name, float) for name in sums},
-        progress=None if header.get("progress") is None else protocol.field(header, "progress", float),
+        progress=None if header.get("progress") is None else _finite(header, "progress"),
         totals=frame.totals,
         encoded_bytes=protocol.count(header, "encoded") if "encoded" in header else 0,
         num_bytes=frame.num_bytes,
@@ -79,8 +82,54 @@ def order_header(order: Order) -> dict[str, object]:
     }
 
 
-def granted_header(grant: Grant) -> dict[str, object]:
+def note_header(
+    sent_at: float, clock_bound: float | None, lines: Sequence[Line], timings: Sequence[Timing]
+) -> dict[str, object]:
     return {
+        "clock": sent_at,
+        "clock_bound": clock_bound,
+        "lines": [[line.level, line.logger, line.message] for line in lines],
+        "timings": [[timing.name, timing.began, timing.duration_s] for timing in timings],
+    }
+
+
+def note(header: Mapping[str, Any]) -> Note:
+    def fields(name: str, kinds: tuple[type, ...]) -> Iterator[tuple[Any, ...]]:
+        for row in protocol.numbers(header, name, list):
+            if len(row) != len(kinds):
+                raise ProtocolError(f"expected header field {name!r} to have rows of {len(kinds)}, got {len(row)}")
+            yield tuple(protocol.field({name: value}, name, kind) for value, kind in zip(row, kinds, strict=True))
+
+    return Note(
+        sent_at=_finite(header, "clock"),
+        lines=tuple(Line(*row) for row in fields("lines", (int, str, str))),
+        timings=tuple(_timing(*row) for row in fields("timings", (str, float, float))),
+        clock_bound=None if header.get("clock_bound") is None else _finite(header, "clock_bound"),
+    )
+
+
+def _timing(name: str, began: float, duration_s: float) -> Timing:
+    row = {"began": began, "duration_s": duration_s}
+    timing = Timing(name, _finite(row, "began"), _finite(row, "duration_s"))
+    if timing.duration_s < 0:
+        raise ProtocolError(f"expected timings of 0 s or more, got {timing.duration_s:g}")
+    return timing
+
+
+def _finite(header: Mapping[str, Any], name: str) -> float:
+    value = protocol.field(header, name, float)
+    if not -_MAX_CLOCK_S <= value <= _MAX_CLOCK_S:  # NaN is not either
+        raise ProtocolError(f"expected header field {name!r} to be from -1e12 to 1e12, got {value:g}")
+    return value
+
+
+def granted_header(grant: Grant, clock: float) -> dict[str, object]:
+    """
+    Args:
+        clock: the server's monotonic one, now.
+    """
+    return {
+        "clock": clock,
         "sequence": grant.sequence,
         "epoch": grant.cursor.epoch,
         "batch": grant.cursor.batch,

@@ -6,10 +6,13 @@ The door decides on a request's line and headers alone, before Tornado parses a 
 |---|---|---|
 | ``GET`` or ``HEAD /healthz``, exactly | 200, connection closed | the same |
 | ``GET /workers`` with ``Upgrade: tensorspark/<version>`` | 401 | 101, then frames |
-| anything else, whether it exists or not | 401, connection closed | its page, or 404, 405, 426, 503 |
+| ``GET /dashboard...``, where there is one | 401 and a page, connection closed | the dashboard |
+| anything else, whether it exists or not | 401, connection closed | its page, or 404, 405, 426, 501, 503 |
 | not HTTP, or headers over 16 KiB | 400 without a word, or nothing; connection closed | the same |
 
-The token is expected as ``Authorization: Bearer <token>`` and compared in constant time. The last row is Tornado's own
+The token is expected as ``Authorization: Bearer <token>`` and compared in constant time. There are two: the workers'
+opens everything; that of the pages (`Site`) opens ``/dashboard``, ``/metrics`` and ``/status``, and may come as the
+dashboard's ``?token=``, which is exchanged for a cookie. The last row is Tornado's own
 doing, before any code of ours: ``HTTP/1.1 400 Bad Request`` and no headers, or, for headers without an end, a closed
 connection. No answer names the software.
 
@@ -22,15 +25,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import http.client
 import itertools
 import json
 import logging
 import math
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import tornado.httpserver
 import tornado.web
@@ -44,7 +48,9 @@ from tornado.httputil import (
     ResponseStartLine,
 )
 from tornado.iostream import IOStream, StreamClosedError
+from tornado.routing import AnyMatches, PathMatches, Rule, RuleRouter
 
+from tensorspark.errors import ConfigError
 from tensorspark.ps import protocol
 from tensorspark.ps.listen import notice_vanished_peer
 from tensorspark.ps.run import Run
@@ -57,7 +63,9 @@ _MAX_HEADER_BYTES = 2**14
 _MAX_BODY_BYTES = 2**14
 _WARNING_INTERVAL_S = 60.0
 
+_READING = ("GET", "HEAD")
 _HEALTH_TARGET = "/healthz"
+_SITE_TARGETS = ("/metrics", "/status")  # that the site's token opens too
 _HEALTH = ("200 OK", "Content-Type: application/json; charset=UTF-8", '{"status": "ok"}')
 _UNAUTHORIZED = (
     "401 Unauthorized",
@@ -65,6 +73,24 @@ _UNAUTHORIZED = (
     "401 Unauthorized\n",
 )
 _SWITCHING = f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: {protocol.UPGRADE}\r\nConnection: Upgrade\r\n\r\n"
+
+
+class Site(Protocol):
+    """Pages for people and their tools, beside the server's own: see `dashboard.site`."""
+
+    def takes(self, path: str) -> bool: ...
+
+    def admits(self, headers: Mapping[str, str], port: int) -> bool: ...
+
+    def receive(
+        self, target: str, headers: Mapping[str, str], port: int
+    ) -> tuple[int, Mapping[str, str], str] | None: ...
+
+    def metrics(self, accept: str) -> tuple[bytes, str]: ...
+
+    async def application(self) -> HTTPServerConnectionDelegate: ...
+
+    async def stop(self) -> None: ...
 
 
 class LimitedServer(tornado.httpserver.HTTPServer):
@@ -141,19 +167,28 @@ class Door(HTTPServerConnectionDelegate):
         token: of the run, ASCII.
         current_run: None while there is no run.
         io_timeout_s: how soon, about, a worker is noticed that vanished without a word.
+        port: that the server listens at.
+        site: more pages.
     """
 
-    def __init__(self, token: str, current_run: CurrentRun, io_timeout_s: float) -> None:
+    def __init__(
+        self, token: str, current_run: CurrentRun, io_timeout_s: float, port: int = 0, site: Site | None = None
+    ) -> None:
+        self.site = site
+        self.port = port
         self._expected = f"Bearer {token}".encode("ascii")
         self._current_run = current_run
         self._io_timeout_s = io_timeout_s
         self._numbers = itertools.count(1)
-        self._pages = tornado.web.Application(
-            [(r"/status", _StatusPage), (protocol.PATH, _Workers)],
+        pages = tornado.web.Application(
+            [(r"/status", _StatusPage), (r"/metrics", _Metrics), (protocol.PATH, _Workers)],
             current_run=current_run,
+            site=site,
             default_handler_class=_NotFound,
             log_function=_log_request,
         )
+        self._router = RuleRouter([Rule(AnyMatches(), pages)])
+        self._mounted: HTTPServerConnectionDelegate | None = None
 
     def start_request(self, server_conn: object, request_conn: HTTPConnection) -> HTTPMessageDelegate:
         assert isinstance(request_conn, HTTP1Connection)
@@ -164,7 +199,19 @@ class Door(HTTPServerConnectionDelegate):
 
     def page(self, server_conn: object, request_conn: HTTPConnection) -> HTTPMessageDelegate:
         """Who takes a request that was let in."""
-        return self._pages.start_request(server_conn, request_conn)
+        return self._router.start_request(server_conn, request_conn)
+
+    async def mount(self) -> None:
+        """Has the site's application ready beside the other pages.
+
+        Raises:
+            ConfigError: it lacks a package.
+        """
+        assert self.site is not None
+        application = await self.site.application()
+        if self._mounted is not application:
+            self._mounted = application
+            self._router.rules.insert(0, Rule(PathMatches(r"/(dashboard|static)(/.*)?"), application))
 
     def worker_run(self, start_line: RequestStartLine, headers: HTTPHeaders) -> Run | None:
         """The run that a request asks to join as a worker; None if it asks for something else, or there is no run."""
@@ -204,21 +251,55 @@ class _Request(HTTPMessageDelegate):
         if start_line.method in ("GET", "HEAD") and start_line.path == _HEALTH_TARGET:
             self._answer(start_line, *_HEALTH)
             return None
-        if not self._door.is_authorized(headers):
-            self._answer(start_line, *_UNAUTHORIZED)
+        is_worker, site = self._door.is_authorized(headers), self._door.site
+        if not is_worker and not self._is_visitor(site, start_line, headers):
             return None
-        run = self._door.worker_run(start_line, headers)
+        run = self._door.worker_run(start_line, headers) if is_worker else None
         if run is not None:
             return self._door.serve_worker(self._request_conn.detach(), run)
+        if site is not None and site.takes(_path(start_line)):
+            return self._mount(start_line, headers)
+        return self._pass_on(start_line, headers)
+
+    def _is_visitor(self, site: Site | None, start_line: RequestStartLine, headers: HTTPHeaders) -> bool:
+        """Whether the site lets the request in; else it is answered."""
+        if site is None or start_line.method not in _READING:
+            self._answer(start_line, *_UNAUTHORIZED)
+            return False
+        answer = site.receive(start_line.path, headers, self._door.port)
+        if answer is not None:
+            status, fields, body = answer
+            lines = "\r\n".join(f"{name}: {value}" for name, value in fields.items())
+            self._answer(start_line, f"{status} {http.client.responses[status]}", lines, body)
+            return False
+        path = _path(start_line)
+        is_page = path in _SITE_TARGETS or site.takes(path)
+        if start_line.method in _READING and is_page and site.admits(headers, self._door.port):
+            return True
+        self._answer(start_line, *_UNAUTHORIZED)
+        return False
+
+    async def _mount(self, start_line: RequestStartLine, headers: HTTPHeaders) -> None:
+        try:
+            await self._door.mount()
+        except ConfigError as error:
+            self._answer(start_line, "501 Not Implemented", "Content-Type: text/plain; charset=utf-8", f"{error}\n")
+            return
+        received = self._pass_on(start_line, headers)
+        if received is not None:
+            await received
+
+    def _pass_on(self, start_line: RequestStartLine, headers: HTTPHeaders) -> Awaitable[None] | None:
         self._page = self._door.page(self._server_conn, self._request_conn)
         return self._page.headers_received(start_line, headers)
 
     def _answer(self, start_line: RequestStartLine, status: str, headers: str, body: str) -> None:
         """Writes a whole response, which fits into any socket's buffer, and closes the connection."""
-        head = f"HTTP/1.1 {status}\r\n{headers}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        response = head if start_line.method == "HEAD" else head + body
+        content = body.encode()
+        head = f"HTTP/1.1 {status}\r\n{headers}\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+        response = head.encode("ascii") + (b"" if start_line.method == "HEAD" else content)
         with contextlib.closing(self._request_conn.detach()) as stream, contextlib.suppress(StreamClosedError):
-            stream.write(response.encode("ascii"))
+            stream.write(response)
 
     def data_received(self, chunk: bytes) -> Awaitable[None] | None:
         return self._page.data_received(chunk) if self._page else None
@@ -254,6 +335,25 @@ class _StatusPage(_Page):
         self.write(json.dumps(_without_nan(asdict(run.status())) if run else {"run": 0}))
 
 
+class _Metrics(_Page):
+    async def get(self) -> None:
+        site: Site | None = self.application.settings["site"]
+        if site is None:
+            raise tornado.web.HTTPError(404)
+        try:
+            # On another thread: of many workers it takes milliseconds, for which no pull is to wait.
+            body, content_type = await asyncio.get_running_loop().run_in_executor(
+                None, site.metrics, self.request.headers.get("Accept", "")
+            )
+        except ConfigError as error:
+            self.set_status(501)
+            self.set_header("Content-Type", "text/plain; charset=utf-8")
+            self.finish(f"{error}\n")
+            return
+        self.set_header("Content-Type", content_type)
+        self.finish(body)
+
+
 class _Workers(_Page):
     """Gets what could not become a worker's connection."""
 
@@ -267,6 +367,10 @@ class _Workers(_Page):
 class _NotFound(_Page):
     def prepare(self) -> None:
         raise tornado.web.HTTPError(404)
+
+
+def _path(start_line: RequestStartLine) -> str:
+    return start_line.path.partition("?")[0]
 
 
 def _without_nan(status: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import logging
 import resource
 import socket
 
-from tensorspark.errors import ConfigError
+from tensorspark.errors import ConfigError, PortTakenError
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,8 @@ def bind(host: str, port: int) -> list[socket.socket]:
         port: 0 takes a free one.
 
     Raises:
-        ConfigError: the port is taken, or the host has no address.
+        PortTakenError: another program listens at the port.
+        ConfigError: the host has no address, or the port may not be opened.
     """
     try:
         return _listening_sockets(host, port)
@@ -38,7 +39,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
         if error.errno == errno.EADDRNOTAVAIL and host:
             logger.warning("server_host %s is not an address of this machine: listening on all interfaces", host)
             return bind("", port)
-        raise ConfigError(
+        raise (PortTakenError if error.errno == errno.EADDRINUSE else ConfigError)(
             f"port {port} cannot be opened on {host or 'any interface'}: {error}; choose another server_port "
             f"(or spark.tensorspark.server.port), or 0 for a free one"
         ) from error

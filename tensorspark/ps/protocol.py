@@ -1,4 +1,4 @@
-"""Frames: what a worker and the server say to each other after the HTTP upgrade to ``tensorspark/4``.
+"""Frames: what a worker and the server say to each other after the HTTP upgrade to ``tensorspark/5``.
 
 A frame is a fixed 16-byte prefix, a msgpack header (a map with string keys) and a raw payload::
 
@@ -39,7 +39,7 @@ from tensorspark.errors import (
 )
 
 MAGIC = b"TSPK"
-VERSION = 4
+VERSION = 5
 PATH = "/workers"
 UPGRADE = f"tensorspark/{VERSION}"
 PREFIX_BYTES = 16
@@ -51,10 +51,10 @@ _T = TypeVar("_T")
 
 
 class Kind(enum.IntEnum):
-    """What a frame says. Workers send the first eight, the server the others.
+    """What a frame says. Workers send the first nine, the server the others.
 
     ALIVE and WAIT say nothing but that their sender lives: the worker while it computes, the server while it has a
-    worker wait.
+    worker wait. NOTE has lines of a worker's log and how long its steps took; nothing answers it.
     """
 
     REGISTER = 1
@@ -65,6 +65,7 @@ class Kind(enum.IntEnum):
     ALIVE = 6
     SKIP = 7
     EVALUATION = 8
+    NOTE = 9
     GRANTED = 16
     SNAPSHOT = 17
     ACCEPTED = 18
@@ -73,7 +74,7 @@ class Kind(enum.IntEnum):
 
 
 FROM_WORKER = frozenset(
-    {Kind.REGISTER, Kind.PULL, Kind.PUSH, Kind.FINISH, Kind.FAIL, Kind.ALIVE, Kind.SKIP, Kind.EVALUATION}
+    {Kind.REGISTER, Kind.PULL, Kind.PUSH, Kind.FINISH, Kind.FAIL, Kind.ALIVE, Kind.SKIP, Kind.EVALUATION, Kind.NOTE}
 )
 FROM_SERVER = frozenset(Kind) - FROM_WORKER
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -32,6 +33,9 @@ class Listener(Protocol):
     def on_folded(self, fold: Fold, error: TensorsparkError | None) -> None: ...
 
     def on_published(self, folds: list[Fold], error: TensorsparkError | None) -> None: ...
+
+    def on_timed(self, name: str, began_at: float, ended_at: float) -> None:
+        """On any thread: how long an arithmetic took, on the monotonic clock."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +139,9 @@ class Rounds:
             step = self._queue.popleft()
             if isinstance(step, Fold):
                 payload = self._take_payload(step)
-                self._conclude_fold(step, payload, self._fold(step, payload))
+                self._conclude_fold(step, payload, self._timed("fold", self._fold, step, payload))
             else:
-                self._conclude_round(self._finish(step))
+                self._conclude_round(self._timed("publish", self._finish, step))
             self._make_cuts()
 
     def _make_cuts(self) -> None:
@@ -159,10 +163,10 @@ class Rounds:
                 step = self._queue.popleft()
                 if isinstance(step, Fold):
                     payload = self._take_payload(step)
-                    self._conclude_fold(step, payload, await elsewhere(self._fold, step, payload))
+                    self._conclude_fold(step, payload, await elsewhere(self._timed, "fold", self._fold, step, payload))
                 else:
                     self._store.prepare()
-                    self._conclude_round(await elsewhere(self._finish, step))
+                    self._conclude_round(await elsewhere(self._timed, "publish", self._finish, step))
         finally:
             self._working = None
 
@@ -178,6 +182,13 @@ class Rounds:
         return due
 
     # Arithmetic, maybe on another thread
+
+    def _timed(self, name: str, arithmetic: Callable[..., _T], *arguments: object) -> _T:
+        began_at = time.monotonic()
+        try:
+            return arithmetic(*arguments)
+        finally:
+            self._listener.on_timed(name, began_at, time.monotonic())
 
     def _fold(self, fold: Fold, payload: Buffer) -> TensorsparkError | None:
         """Folds a push in place, and says what is wrong with it; then `payload` holds nothing of use."""

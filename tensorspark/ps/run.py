@@ -31,11 +31,13 @@ from tensorspark.ps.messages import (
     SendSnapshot,
     Status,
 )
+from tensorspark.ps.observing import Observer
 from tensorspark.ps.protocol import Kind
 from tensorspark.ps.rounds import Rounds
 from tensorspark.ps.snapshots import SnapshotStore
 from tensorspark.ps.state import RunState
 from tensorspark.ps.sync import SyncPlan
+from tensorspark.telemetry.records import Observation
 from tensorspark.weights.combiners import CombinerState, WeightCombiner
 from tensorspark.weights.compression import NO_COMPRESSION, Compression
 from tensorspark.weights.layout import Buffer, WeightLayout
@@ -61,6 +63,7 @@ class Run:
         epochs: what is done between epochs; None: nothing.
         compression: how weights travel.
         follows: see `RunState`.
+        keeps_spans: see `Collector`.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Run:
         epochs: EpochPlan | None = None,
         compression: Compression = NO_COMPRESSION,
         follows: bool = False,
+        keeps_spans: bool = False,
     ) -> None:
         version = resume.version if resume else 0
         self.layout = layout
@@ -107,6 +111,9 @@ class Run:
         self._lease_timeout_s = lease_timeout_s
         self._connections: dict[int, Connection] = {}
         self._started_at = time.monotonic() - (resume.seconds if resume else 0.0)
+        self._observer = Observer(
+            self.state, self._started_at, num_partitions, layout.num_bytes, keeps_spans=keeps_spans
+        )
         self._epoch_released_at = time.monotonic()
         self._epoch_end: EpochEnd | None = None
         self._epoch_news = asyncio.Event()
@@ -142,7 +149,11 @@ class Run:
         finally:
             connection.close()
             del self._connections[number]
-            self._execute(self.state.disconnect(number, time.monotonic()))
+            now = time.monotonic()
+            self._observer.disconnected(
+                number, now, is_lost=not self.state.stopped and self.state.overview.is_needed(number)
+            )
+            self._execute(self.state.disconnect(number, now))
 
     def capture(self) -> asyncio.Future[RunCheckpoint]:
         """The run as it is between two rounds, which may take until the open one ends; weights are copied."""
@@ -198,13 +209,17 @@ class Run:
         self._execute(self.state.request_stop())
 
     def status(self) -> Status:
-        return self.state.status()
+        return self.state.overview.status()
 
     def points(self) -> tuple[Point, ...]:
         return self.state.recorder.points()
 
     def reports(self) -> tuple[WorkerReport, ...]:
-        return self.state.reports()
+        return self.state.overview.reports()
+
+    def observe(self) -> Observation:
+        """What has happened since the last time; see `telemetry`."""
+        return self._observer.observe(self.store.current.version, time.monotonic())
 
     def stop(self, failure: TensorsparkError | None = None) -> None:
         """Refuses whoever waits or comes later."""
@@ -219,13 +234,21 @@ class Run:
 
     def _handle(self, connection: Connection, frame: Frame) -> None:
         header, number = frame.header, connection.number
+        now = time.monotonic()
+        if frame.kind is Kind.NOTE:
+            self._observer.noted(number, frame, now)
+            return
+        self._observer.received(number, frame, now)
         if frame.kind is Kind.PULL:
             connection.held = protocol.count(header, "version") if "version" in header else None
             decisions = self.state.pull(number, headers.asked(header), headers.asked_epoch(header))
         elif frame.kind is Kind.PUSH:
             decisions = self._push(number, frame)
         elif frame.kind is Kind.REGISTER:
-            decisions = self.state.register(number, headers.registration(header), time.monotonic())
+            registration = headers.registration(header)
+            decisions = self.state.register(number, registration, now)
+            if not any(isinstance(decision, Refuse) for decision in decisions):
+                self._observer.registered(number, registration, now)
         elif frame.kind is Kind.FINISH:
             decisions = self.state.finish(number, headers.time_spent(header))
         elif frame.kind is Kind.SKIP:
@@ -262,6 +285,7 @@ class Run:
             if isinstance(decision, Fold | Publish):
                 self._rounds.submit(decision)
             elif not isinstance(decision, Keep) and decision.connection in self._connections:
+                self._observer.decided(decision, time.monotonic())
                 self._answer(self._connections[decision.connection], decision)
         if self.state.stopped:
             self._rounds.abandon()
@@ -286,7 +310,7 @@ class Run:
             logger.info("connection %d refused: %s", connection.number, decision.error)
             connection.write(Kind.REFUSED, protocol.refusal_header(decision.error))
         elif isinstance(decision, Grant):
-            connection.write(Kind.GRANTED, headers.granted_header(decision))
+            connection.write(Kind.GRANTED, headers.granted_header(decision, time.monotonic()))
         else:
             connection.close()
 
@@ -294,8 +318,15 @@ class Run:
         held = connection.held if decision.has_weights else self.store.current.version
         loan = self.store.lend(held)
         header = {**headers.order_header(self.state.order(decision, loan.version)), "form": loan.form.value}
-        self.state.sent(connection.number, 0 if loan.buffer is None else loan.buffer.nbytes)
-        connection.write(Kind.SNAPSHOT, header, loan.buffer, lambda: self.store.give_back(loan))
+        num_bytes = 0 if loan.buffer is None else loan.buffer.nbytes
+        self.state.sent(connection.number, num_bytes)
+        self._observer.sent(num_bytes)
+
+        def on_written() -> None:
+            self.store.give_back(loan)
+            self._observer.delivered(connection.number, decision.order, time.monotonic())
+
+        connection.write(Kind.SNAPSHOT, header, loan.buffer, on_written)
 
     # What came of folds and rounds
 
@@ -306,8 +337,12 @@ class Run:
         now = time.monotonic()
         if error is None:
             self.state.folded(fold, now - self._started_at)
+            self._observer.folded(fold, self.store.current.version - fold.push.version, now)
         else:
             self._execute(self.state.not_folded(fold, error, now))
+
+    def on_timed(self, name: str, began_at: float, ended_at: float) -> None:
+        self._observer.collector.timed(name, began_at, ended_at)
 
     def on_published(self, folds: list[Fold], error: TensorsparkError | None) -> None:
         if error is None:

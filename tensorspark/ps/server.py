@@ -16,11 +16,12 @@ from tensorspark.errors import SessionClosedError, TensorsparkError
 from tensorspark.history import Point, WorkerReport
 from tensorspark.ps import tls as certificates
 from tensorspark.ps.checkpoint import RunCheckpoint
-from tensorspark.ps.http import Door, LimitedServer
+from tensorspark.ps.http import Door, LimitedServer, Site
 from tensorspark.ps.listen import bind, connection_limit
 from tensorspark.ps.messages import EpochEnd, EpochPlan, Status
 from tensorspark.ps.run import Run
 from tensorspark.ps.sync import SyncPlan
+from tensorspark.telemetry.records import Observation
 from tensorspark.weights.combiners import WeightCombiner
 from tensorspark.weights.compression import NO_COMPRESSION, Compression
 from tensorspark.weights.layout import Buffer, WeightLayout
@@ -54,9 +55,11 @@ class ParameterServer:
         tls: makes a key and a certificate, and speaks nothing but TLS.
         max_connections: one more is closed at once; never more than the process may open files for.
         handshake_timeout_s: how long a connection may take until it has shown the token.
+        site: pages that are served beside its own.
 
     Raises:
-        ConfigError: the port is taken, or the host has no address, or TLS is asked for without `cryptography`.
+        PortTakenError: another program listens at the port.
+        ConfigError: the host has no address, or TLS is asked for without `cryptography`.
 
     >>> from tensorspark.weights.layout import TensorSpec
     >>> with ParameterServer(WeightLayout([TensorSpec("w", (2,), "float32")]), "127.0.0.1") as server:
@@ -76,6 +79,7 @@ class ParameterServer:
         tls: bool = False,
         max_connections: int = 4096,
         handshake_timeout_s: float = 10.0,
+        site: Site | None = None,
     ) -> None:
         self.layout = layout
         self.host = host
@@ -86,6 +90,7 @@ class ParameterServer:
         self._lease_timeout_s = lease_timeout_s
         self._max_connections = connection_limit(max_connections)
         self._handshake_timeout_s = handshake_timeout_s
+        self._site = site
         self._run: Run | None = None
         self._num_runs = 0
         self._ssl_context = self._make_certificate() if tls else None
@@ -126,6 +131,7 @@ class ParameterServer:
         epochs: EpochPlan | None = None,
         compression: Compression = NO_COMPRESSION,
         follows: bool = False,
+        keeps_spans: bool = False,
     ) -> int:
         """Starts a run and returns its number; workers of earlier runs are refused from now.
 
@@ -136,6 +142,7 @@ class ParameterServer:
             epochs: has workers stop at the end of every epoch, until `release_epoch`; None: they never do.
             compression: how weights travel; workers must be told the same.
             follows: whether this is a shard whose workers begin and evaluate as another shard tells them.
+            keeps_spans: whether `observe` is to tell when workers were at what, not only for how long.
 
         Raises:
             CheckpointError: `resume` is of other metrics than `epochs`.
@@ -161,6 +168,7 @@ class ParameterServer:
                 epochs=epochs,
                 compression=compression,
                 follows=follows,
+                keeps_spans=keeps_spans,
             )
             return self._num_runs
 
@@ -169,6 +177,21 @@ class ParameterServer:
     def stop_run(self, failure: TensorsparkError | None = None) -> None:
         """Ends the current run: from now on its workers are refused."""
         self._call(lambda: self._current().stop(failure))
+
+    def retire(self) -> None:
+        """Forgets the current run, with all memory that it took; pages are served on, and another run may begin."""
+
+        def forget() -> None:
+            run, self._run = self._run, None
+            if run is not None:
+                run.close()
+
+        self._call(forget)
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a run has begun, and is not forgotten."""
+        return self._run is not None
 
     def request_stop(self) -> None:
         """Has the current run end soon and well: from now on every pull is answered that the worker is to finish."""
@@ -217,6 +240,10 @@ class ParameterServer:
     def failure(self) -> TensorsparkError | None:
         """The first thing that went wrong in the current run, as a worker or the combiner reported it."""
         return self._call(lambda: self._current().state.failure)
+
+    def observe(self) -> Observation:
+        """What has happened in the current run since this was asked last; for one who asks."""
+        return self._call(lambda: self._current().observe())
 
     def records(self) -> tuple[tuple[Point, ...], tuple[WorkerReport, ...]]:
         """The current run's course so far, and what every worker did."""
@@ -300,7 +327,7 @@ class ParameterServer:
 
     async def _serve(self) -> None:
         http = LimitedServer(
-            Door(self.token, lambda: self._run, self._io_timeout_s),
+            Door(self.token, lambda: self._run, self._io_timeout_s, self.port, self._site),
             max_connections=self._max_connections,
             handshake_timeout_s=self._handshake_timeout_s,
             max_frame_bytes=self.layout.num_bytes,
@@ -309,6 +336,8 @@ class ParameterServer:
         http.add_sockets(self._sockets)
         await self._closing.wait()
         http.stop()
+        if self._site is not None:
+            await self._site.stop()
         if self._run is not None:
             self._run.close()
         http.close_streams()

@@ -40,11 +40,10 @@ from tensorspark.ps.messages import (
     Refuse,
     Registration,
     SendSnapshot,
-    Status,
     TimeSpent,
 )
 from tensorspark.ps.partition import Partition
-from tensorspark.ps.status import status_of
+from tensorspark.ps.status import Overview
 from tensorspark.ps.sync import Gate, SyncPlan
 from tensorspark.weights.layout import WeightLayout
 
@@ -63,6 +62,9 @@ class RunState:
         epochs: what is done between epochs; None: nothing.
         epoch_progress: where a restored run's epochs stood.
         follows: whether this is a shard whose workers train and evaluate when another shard says so.
+
+    Attributes:
+        overview: what is told of the run.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class RunState:
         self._in_round: set[int] = set()  # partitions whose push is in this round, or waits to be
         self._is_closing = False  # the round's publication is decided
         self._first_missing = 0  # whose push, first of all, the bulk-synchronous round waits for
+        self.overview = Overview(run, self._partitions, self._gate, self._epochs, self.recorder, self._pulls)
 
     # Events from a connection
 
@@ -161,7 +164,7 @@ class RunState:
             self._held[held.index] = fold
             self._in_round.add(held.index)
             return [Keep(), *self._advance_round()]
-        # Who rests is back in the next epoch. Left out here, it would have the epoch's last pushes weigh a multiple.
+        # Who rests is back in the next epoch: left out here, the epoch's last pushes would weigh a multiple.
         return [Keep(), fold, Publish(max(1, self._gate.num_awaited))]
 
     def sent(self, connection: int, num_bytes: int) -> None:
@@ -338,12 +341,6 @@ class RunState:
     def is_finishing(self) -> bool:
         """Whether every worker is to finish, and no more epoch will be for the driver."""
         return self._epochs.is_finishing
-
-    def status(self) -> Status:
-        return status_of(self.run, self._partitions, self._gate, self._epochs, self.recorder, self._pulls)
-
-    def reports(self) -> tuple[WorkerReport, ...]:
-        return tuple(partition.report for partition in self._partitions)
 
     # Helpers
 

@@ -126,9 +126,9 @@ class Session:
         return self._engine.checkpoint_dir
 
     def status(self) -> Status | None:
-        """How the run stands at this moment, for other threads to ask; None while no server runs."""
+        """How the run stands at this moment, for other threads to ask; None where there is none."""
         server = self._engine.server
-        return None if server is None else server.status()
+        return None if server is None or not server.has_run else server.status()
 
     def get_session(self) -> Any:
         """The TensorFlow session or model that was passed in."""

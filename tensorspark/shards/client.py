@@ -14,6 +14,7 @@ from tensorspark.errors import ProtocolError
 from tensorspark.ps.client import Granted, ParameterClient
 from tensorspark.ps.messages import Asked, Order, OrderKind, Push, Registration, TimeSpent
 from tensorspark.shards.places import ShardPlace
+from tensorspark.telemetry.notes import Line, Timing
 from tensorspark.weights.compression import Compression
 from tensorspark.weights.layout import Buffer
 
@@ -164,6 +165,10 @@ class ShardedClient:
     def report(self, message: str, traceback: str) -> None:
         """As `ParameterClient.report`."""
         self._clients[0].report(message, traceback)
+
+    def note(self, lines: Sequence[Line], timings: Sequence[Timing]) -> bool:
+        """As `ParameterClient.note`, to the first shard."""
+        return self._clients[0].note(lines, timings)
 
     def _in_parallel(self, function: Callable[[int], _T], indices: Sequence[int]) -> list[_T]:
         """Waits for all, then raises what the first of them raised."""

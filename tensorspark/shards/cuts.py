@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tensorspark.errors import SessionClosedError, ShardLostError
+from tensorspark.plain import build
 from tensorspark.ps.checkpoint import CheckpointPart, RunCheckpoint
 from tensorspark.ps.messages import PartitionProgress
-from tensorspark.ps.records import build
 from tensorspark.ps.server import ParameterServer
 from tensorspark.shards.fleet import Fleet, deadline_after
 from tensorspark.shards.parts import joined_slots

@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from tensorspark.errors import CombinerError, ShardLostError, TensorsparkError
+from tensorspark.plain import as_plain
 from tensorspark.ps.checkpoint import RunCheckpoint
-from tensorspark.ps.records import as_plain
 from tensorspark.shards.channel import SILENCE_TIMEOUT_S, Channel, Listener, Reply
 from tensorspark.shards.host import Driver, ShardJob
 from tensorspark.weights.combiners import CombinerState

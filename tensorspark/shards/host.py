@@ -17,9 +17,9 @@ from typing import Any
 
 from tensorspark.errors import ShardLostError
 from tensorspark.history import Recorder
+from tensorspark.plain import as_plain, build
 from tensorspark.ps.checkpoint import RunCheckpoint
 from tensorspark.ps.messages import EpochPlan, EpochProgress, PartitionProgress
-from tensorspark.ps.records import as_plain, build
 from tensorspark.ps.server import ParameterServer
 from tensorspark.ps.sync import SyncPlan
 from tensorspark.shards.channel import Channel, Reply, dial

@@ -22,6 +22,7 @@ from tensorspark.shards.fleet import Fleet, Hosts
 from tensorspark.shards.host import ShardJob
 from tensorspark.shards.parts import joined_slots, parts_of
 from tensorspark.shards.places import ShardPlace
+from tensorspark.telemetry.records import Observation
 from tensorspark.weights.combiners import CombinerState, WeightCombiner
 from tensorspark.weights.compression import NO_COMPRESSION, Compression
 from tensorspark.weights.layout import Buffer, WeightLayout
@@ -129,6 +130,7 @@ class ShardedServer:
         resume: RunCheckpoint | None = None,
         epochs: EpochPlan | None = None,
         compression: Compression = NO_COMPRESSION,
+        keeps_spans: bool = False,
     ) -> int:
         """As `ParameterServer.begin_run`; `places` then says where the shards are.
 
@@ -164,6 +166,7 @@ class ShardedServer:
             resume=own.resume,
             epochs=epochs,
             compression=compression,
+            keeps_spans=keeps_spans,
         )
         self._cuts = Cuts(self.layout, self.shards, combiner, self._primary, fleet, is_bulk=sync.is_bulk)
         endpoints: list[Endpoint] = [self._primary]
@@ -199,6 +202,10 @@ class ShardedServer:
 
     def status(self) -> Status:
         return self._primary.status()
+
+    def observe(self) -> Observation:
+        """As `ParameterServer.observe`, of the first shard: bytes and times are its own."""
+        return self._primary.observe()
 
     def failure(self) -> TensorsparkError | None:
         """What went wrong first: in the run, as `ParameterServer.failure`, or with a shard."""
@@ -253,6 +260,16 @@ class ShardedServer:
         """Ends the other shards, whose weights have been read; the combiner has what they have seen."""
         self.return_state()
         self._end_fleet()
+
+    def retire(self) -> None:
+        """As `ParameterServer.retire`; the other shards end."""
+        self._end_fleet()
+        self._primary.retire()
+
+    @property
+    def has_run(self) -> bool:
+        """As `ParameterServer.has_run`."""
+        return self._primary.has_run
 
     def return_state(self) -> None:
         """Gives the combiner that the run began with what the shards' copies have seen, for the next run."""

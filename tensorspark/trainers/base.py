@@ -132,12 +132,14 @@ class Captured:
 
     Attributes:
         labels: those that rows are looked at for.
+        graph: makes the serialized GraphDef of what is trained, for who looks at it; None: there is none to show.
     """
 
     spec: TrainerSpec
     content: bytes = field(repr=False)
     weights: Buffer = field(repr=False)
     labels: tuple[Labels, ...] = ()
+    graph: Callable[[], bytes | None] = field(default=lambda: None, repr=False)
 
 
 class DriverModel(Protocol):

@@ -87,7 +87,7 @@ def capture(
     buffer = layout.pack(weights)
     if (name := layout.find_non_finite(buffer)) is not None:
         raise GraphError(f"variable {name} holds NaN or infinity before training: initialize it anew, or leave it out")
-    return Captured(spec, content, buffer)
+    return Captured(spec, content, buffer, graph=lambda: bytes(graph.as_graph_def().SerializeToString()))
 
 
 class GraphModel:

@@ -25,6 +25,7 @@ from tensorspark.trainers.keras_columns import (
     numbered,
     output_names,
 )
+from tensorspark.trainers.keras_graph import graph_def
 from tensorspark.trainers.keras_objects import (
     built_model,
     pack_builder,
@@ -154,7 +155,13 @@ class KerasDriverModel:
             content_hash=hashlib.sha256(content).hexdigest(),
         )
         self._require_return(packed)
-        return Captured(spec, content, weights, checked_labels(self.model, structure))
+        return Captured(
+            spec,
+            content,
+            weights,
+            checked_labels(self.model, structure),
+            graph=lambda: graph_def(self.model, columns, structure),
+        )
 
     def assign(self, layout: WeightLayout, weights: Buffer) -> None:
         """Sets the model's variables to `weights`, which may be reused at once."""

@@ -134,7 +134,7 @@ def test_a_skip_that_comes_again_is_accepted_and_moves_nothing() -> None:
     for _ in range(2):
         assert state.skip(1, 0) == [Accept(1, 0)]
     assert state.export()[0][0].cursor == Cursor(1)
-    assert state.status().num_resting == 1
+    assert state.overview.status().num_resting == 1
 
 
 def test_a_partition_all_of_whose_workers_are_gone_ends_no_epoch_alone() -> None:

@@ -325,7 +325,7 @@ class EpochWorld(World):
         super().check()
         if self.state.stopped:
             return
-        status, books = self.state.status(), self.books
+        status, books = self.state.overview.status(), self.books
         assert (status.epoch, status.num_epochs) == (books.epoch, self.epochs.num_epochs)
         assert status.num_resting == len([p for p in books.holder if p in books.resting and p not in books.finished])
         if not books.is_finishing:
@@ -346,7 +346,7 @@ class EpochWorld(World):
         assert not self.attempts, f"they wait for ever: {self.attempts}"
         if self.state.stopped:
             return
-        assert all(report.finished for report in self.state.reports())
+        assert all(report.finished for report in self.state.overview.reports())
         assert not self.kept
         books = self.books
         assert books.reported == list(range(len(books.reported)))

@@ -21,78 +21,84 @@ from tensorspark.errors import (
 from tensorspark.ps import protocol
 from tensorspark.ps.protocol import Kind
 
-# Frames of version 4 as they were first sent. A frame that changes needs a new protocol.VERSION and new lines here.
+# Frames of version 5 as they were first sent. A frame that changes needs a new protocol.VERSION and new lines here.
 FROZEN_FRAMES: list[tuple[Kind, dict[str, Any], int, str]] = [
     (
         Kind.REGISTER,
         {"run": 1, "partition": 300, "is_resuming": True},
         0,
-        "5453504b 04 01 2000 0000000000000000 "
+        "5453504b 05 01 2000 0000000000000000 "
         "83 a3 72756e 01 a9 706172746974696f6e cd012c ab 69735f726573756d696e67 c3",
     ),
-    (Kind.PULL, {}, 0, "5453504b 04 02 0100 0000000000000000 80"),
-    (Kind.PULL, {"version": 300}, 0, "5453504b 04 02 0c00 0000000000000000 81 a7 76657273696f6e cd012c"),
+    (Kind.PULL, {}, 0, "5453504b 05 02 0100 0000000000000000 80"),
+    (Kind.PULL, {"version": 300}, 0, "5453504b 05 02 0c00 0000000000000000 81 a7 76657273696f6e cd012c"),
     (
         Kind.PULL,
         {"asked": "evaluate", "epoch": 2},
         0,
-        "5453504b 04 02 1700 0000000000000000 82 a5 61736b6564 a8 6576616c75617465 a5 65706f6368 02",
+        "5453504b 05 02 1700 0000000000000000 82 a5 61736b6564 a8 6576616c75617465 a5 65706f6368 02",
     ),
     (
         Kind.PUSH,
         {"sequence": 7, "progress": None},
         640,
-        "5453504b 04 03 1500 8002000000000000 82 a8 73657175656e6365 07 a8 70726f6772657373 c0",
+        "5453504b 05 03 1500 8002000000000000 82 a8 73657175656e6365 07 a8 70726f6772657373 c0",
     ),
     (
         Kind.PUSH,
         {"encoded": 320, "sequence": 7},
         336,
-        "5453504b 04 03 1600 5001000000000000 82 a7 656e636f646564 cd0140 a8 73657175656e6365 07",
+        "5453504b 05 03 1600 5001000000000000 82 a7 656e636f646564 cd0140 a8 73657175656e6365 07",
     ),
     (
         Kind.FINISH,
         {"epoch_samples": [5, 200], "step_s": 1.5},
         0,
-        "5453504b 04 04 2300 0000000000000000 "
+        "5453504b 05 04 2300 0000000000000000 "
         "82 ad 65706f63685f73616d706c6573 92 05 ccc8 a6 737465705f73 cb3ff8000000000000",
     ),
-    (Kind.FAIL, {"message": "no"}, 0, "5453504b 04 05 0c00 0000000000000000 81 a7 6d657373616765 a2 6e6f"),
-    (Kind.ALIVE, {}, 0, "5453504b 04 06 0100 0000000000000000 80"),
+    (Kind.FAIL, {"message": "no"}, 0, "5453504b 05 05 0c00 0000000000000000 81 a7 6d657373616765 a2 6e6f"),
+    (Kind.ALIVE, {}, 0, "5453504b 05 06 0100 0000000000000000 80"),
     (
         Kind.GRANTED,
         {"sequence": 128, "finished": False},
         0,
-        "5453504b 04 10 1600 0000000000000000 82 a8 73657175656e6365 cc80 a8 66696e6973686564 c2",
+        "5453504b 05 10 1600 0000000000000000 82 a8 73657175656e6365 cc80 a8 66696e6973686564 c2",
     ),
-    (Kind.SKIP, {"epoch": 2}, 0, "5453504b 04 07 0800 0000000000000000 81 a5 65706f6368 02"),
+    (Kind.SKIP, {"epoch": 2}, 0, "5453504b 05 07 0800 0000000000000000 81 a5 65706f6368 02"),
     (
         Kind.EVALUATION,
         {"epoch": 2, "num_samples": 300},
         16,
-        "5453504b 04 08 1700 1000000000000000 82 a5 65706f6368 02 ab 6e756d5f73616d706c6573 cd012c",
+        "5453504b 05 08 1700 1000000000000000 82 a5 65706f6368 02 ab 6e756d5f73616d706c6573 cd012c",
     ),
     (
         Kind.SNAPSHOT,
         {"version": 300, "order": "train", "values": {"lr": 0.5}},
         2**40,
-        "5453504b 04 11 2c00 0000000000010000 83 a7 76657273696f6e cd012c a5 6f72646572 a5 747261696e "
+        "5453504b 05 11 2c00 0000000000010000 83 a7 76657273696f6e cd012c a5 6f72646572 a5 747261696e "
         "a6 76616c756573 81 a2 6c72 cb3fe0000000000000",
     ),
     (
         Kind.SNAPSHOT,
         {"version": 300, "form": "patch"},
         4096,
-        "5453504b 04 11 1700 0010000000000000 82 a7 76657273696f6e cd012c a4 666f726d a5 7061746368",
+        "5453504b 05 11 1700 0010000000000000 82 a7 76657273696f6e cd012c a4 666f726d a5 7061746368",
     ),
-    (Kind.ACCEPTED, {"sequence": 70000}, 0, "5453504b 04 12 0f00 0000000000000000 81 a8 73657175656e6365 ce00011170"),
+    (Kind.ACCEPTED, {"sequence": 70000}, 0, "5453504b 05 12 0f00 0000000000000000 81 a8 73657175656e6365 ce00011170"),
     (
         Kind.REFUSED,
         {"code": "lease_lost", "message": "no"},
         0,
-        "5453504b 04 13 1c00 0000000000000000 82 a4 636f6465 aa 6c656173655f6c6f7374 a7 6d657373616765 a2 6e6f",
+        "5453504b 05 13 1c00 0000000000000000 82 a4 636f6465 aa 6c656173655f6c6f7374 a7 6d657373616765 a2 6e6f",
     ),
-    (Kind.WAIT, {}, 0, "5453504b 04 14 0100 0000000000000000 80"),
+    (
+        Kind.NOTE,
+        {"clock": 0.5, "lines": [[30, "x", "no"]]},
+        0,
+        "5453504b 05 09 1e00 0000000000000000 82 a5 636c6f636b cb3fe0000000000000 a5 6c696e6573 91 93 1e a1 78 a2 6e6f",
+    ),
+    (Kind.WAIT, {}, 0, "5453504b 05 14 0100 0000000000000000 80"),
 ]
 
 FRAMES_OF_OLDER_VERSIONS = [
@@ -108,11 +114,15 @@ FRAMES_OF_OLDER_VERSIONS = [
     "5453504b 03 03 1500 8002000000000000 82 a8 73657175656e6365 07 a8 70726f6772657373 c0",
     "5453504b 03 11 0c00 0000000000010000 81 a7 76657273696f6e cd012c",
     "5453504b 03 13 1c00 0000000000000000 82 a4 636f6465 aa 6c656173655f6c6f7374 a7 6d657373616765 a2 6e6f",
+    "5453504b 04 02 0100 0000000000000000 80",
+    "5453504b 04 03 1500 8002000000000000 82 a8 73657175656e6365 07 a8 70726f6772657373 c0",
+    "5453504b 04 11 0c00 0000000000010000 81 a7 76657273696f6e cd012c",
+    "5453504b 04 13 1c00 0000000000000000 82 a4 636f6465 aa 6c656173655f6c6f7374 a7 6d657373616765 a2 6e6f",
 ]
 
 
 @pytest.mark.parametrize(("kind", "header", "payload_bytes", "expected"), FROZEN_FRAMES)
-def test_frames_of_version_4_keep_their_bytes(
+def test_frames_of_version_5_keep_their_bytes(
     kind: Kind, header: dict[str, Any], payload_bytes: int, expected: str
 ) -> None:
     encoded = protocol.encode(kind, header, payload_bytes)
@@ -130,7 +140,7 @@ def test_every_kind_has_a_frozen_frame() -> None:
 def test_frames_of_older_versions_are_refused_with_what_to_do(frame: str) -> None:
     data = bytes.fromhex(frame)[: protocol.PREFIX_BYTES]
     with pytest.raises(
-        ProtocolError, match=r"expected protocol version 4, got [123]: install one tensorspark everywhere"
+        ProtocolError, match=r"expected protocol version 5, got [1234]: install one tensorspark everywhere"
     ):
         protocol.decode_prefix(data, frozenset(Kind), 2**40)
 
@@ -168,7 +178,7 @@ def test_any_bytes_are_a_header_or_a_protocol_error(data: bytes) -> None:
     assert isinstance(header, dict)
 
 
-def prefix(magic: bytes = b"TSPK", version: int = 4, kind: int = Kind.PUSH, payload_bytes: int = 0) -> bytes:
+def prefix(magic: bytes = b"TSPK", version: int = 5, kind: int = Kind.PUSH, payload_bytes: int = 0) -> bytes:
     return struct.pack("<4sBBHQ", magic, version, kind, 1, payload_bytes)
 
 
@@ -176,9 +186,9 @@ def prefix(magic: bytes = b"TSPK", version: int = 4, kind: int = Kind.PUSH, payl
     ("data", "expected"),
     [
         (prefix(magic=b"GET "), "begins with b'TSPK', got b'GET '"),
-        (prefix(version=9), "version 4, got 9"),
+        (prefix(version=9), "version 5, got 9"),
         (prefix(kind=200), "got kind 200"),
-        (prefix(kind=Kind.SNAPSHOT), "ALIVE, EVALUATION, FAIL, FINISH, PULL, PUSH, REGISTER, SKIP, got kind 17"),
+        (prefix(kind=Kind.SNAPSHOT), "ALIVE, EVALUATION, FAIL, FINISH, NOTE, PULL, PUSH, REGISTER, SKIP, got kind 17"),
         (prefix(payload_bytes=101), "at most 100 bytes, got 101"),
     ],
 )

@@ -113,6 +113,9 @@ class Bench:
             self.last[fold.partition] = fold.push.sequence
         self._note(("folded" if error is None else "refused", fold.partition), error)
 
+    def on_timed(self, name: str, began_at: float, ended_at: float) -> None:
+        assert ended_at >= began_at
+
     def on_published(self, folds: list[Fold], error: TensorsparkError | None) -> None:
         self._note(("published", [fold.partition for fold in folds]), error)
 

@@ -163,7 +163,7 @@ def test_a_push_that_comes_again_is_accepted_and_not_merged_again(state: RunStat
     state.register(1, registration(), 0.0)
     merge(state, 1, push(1))
     assert state.push(1, push(1)) == [Accept(1, 1)]
-    assert state.reports()[0].num_applied == 1
+    assert state.overview.reports()[0].num_applied == 1
 
 
 @pytest.mark.parametrize(("sequence", "batch"), [(3, 3), (2, 0)])
@@ -179,8 +179,8 @@ def test_a_second_attempt_waits_while_the_first_lives_and_goes_on_where_it_was(s
     assert state.register(2, registration(attempt=11), 0.0) == []
     merge(state, 1, push(1, epoch=3, batch=4))
     assert state.disconnect(1, 0.0) == [Grant(2, sequence=1, cursor=Cursor(3, 4), finished=False)]
-    assert state.reports()[0].num_attempts == 2
-    assert state.reports()[0].host == "host11"
+    assert state.overview.reports()[0].num_attempts == 2
+    assert state.overview.reports()[0].host == "host11"
 
 
 def test_standbys_are_served_in_the_order_in_which_they_came(state: RunState) -> None:
@@ -225,7 +225,7 @@ def test_a_push_of_nan_is_refused_leaves_no_trace_and_can_be_followed_by_a_good_
     bad, _ = decided(state, 1, push(1))
     assert refusal(state.not_folded(bad, NonFiniteError("NaN in W:0"), 0.0)) is NonFiniteError
     assert state.published([], 0.0) == []
-    assert (state.status().num_steps, state.reports()[0].num_refused) == (0, 1)
+    assert (state.overview.status().num_steps, state.overview.reports()[0].num_refused) == (0, 1)
     assert merge(state, 1, push(1)) == [Accept(1, 1)]
 
 
@@ -237,7 +237,7 @@ def test_pushes_behind_a_refused_one_are_refused_too_and_can_come_again(state: R
     assert not state.is_next(behind)
     assert refusal(state.not_folded(behind, RefusedError("a push before this one was refused"), 0.0)) is RefusedError
     assert [merge(state, 1, push(sequence)) for sequence in (1, 2)] == [[Accept(1, 1)], [Accept(1, 2)]]
-    assert state.reports()[0].num_applied == 2
+    assert state.overview.reports()[0].num_applied == 2
 
 
 def test_a_pull_behind_a_refused_push_is_answered(state: RunState) -> None:
@@ -301,15 +301,15 @@ def test_status_counts_steps_samples_workers_and_the_share_that_is_done(state: R
     state.register(1, registration(0), 0.0)
     state.register(2, registration(0, attempt=11), 0.0)
     state.register(3, registration(1, attempt=12), 0.0)
-    assert state.status().progress is None
+    assert state.overview.status().progress is None
     merge(state, 1, push(1, sums={"loss": 100.0}, progress=0.5))
-    status = state.status()
+    status = state.overview.status()
     assert (status.num_steps, status.num_samples) == (5, 50)
     assert (status.num_live, status.num_standby, status.num_finished) == (2, 1, 0)
     assert status.progress == 0.25
     assert status.scalars == {"loss": 2.0}
     send(state, "finish", 3)
-    assert state.status().progress == 0.75
+    assert state.overview.status().progress == 0.75
 
 
 def test_disconnecting_a_stranger_changes_nothing(state: RunState) -> None:
@@ -326,7 +326,7 @@ def test_the_same_attempt_on_a_new_connection_takes_its_own_place_and_the_old_on
     assert decisions == [Close(1), Grant(2, sequence=1, cursor=Cursor(0, 1), finished=False)]
     assert state.disconnect(1, 5.0) == []
     assert state.pull(2) == [SendSnapshot(2)]
-    report = state.reports()[0]
+    report = state.overview.reports()[0]
     assert (report.num_attempts, report.num_reconnects) == (1, 1)
 
 
@@ -388,7 +388,7 @@ def test_a_lost_worker_holds_up_the_round_until_its_recovery_timeout() -> None:
     state.push(1, push(1))
     state.disconnect(2, 100.0)
     assert state.tick(129.0) == []
-    assert state.status().num_lost == 1
+    assert state.overview.status().num_lost == 1
     assert state.tick(130.0) == [Publish(None)]
 
 

@@ -438,7 +438,7 @@ class World:
     # What must hold
 
     def check(self) -> None:
-        status = self.state.status()
+        status = self.state.overview.status()
         assert status.num_live == len(self.books.holder)
         assert status.num_finished == len(self.books.finished)
         assert status.num_steps == 5 * sum(map(len, self.books.folded))
@@ -469,7 +469,7 @@ class World:
                 self.pass_time(RECOVERY_TIMEOUT_S)
         assert not self.attempts, f"they wait for ever: {self.attempts}"
         if not self.state.stopped:
-            assert all(report.finished for report in self.state.reports())
+            assert all(report.finished for report in self.state.overview.reports())
             assert [len(folded) for folded in self.books.folded] == self.lengths
             assert self.books.num_published == self.lengths
             assert not self.kept

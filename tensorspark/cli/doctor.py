@@ -1,7 +1,4 @@
-"""The command line: ``python -m tensorspark doctor``, or ``tensorspark doctor`` where the package is installed.
-
-Results go to stdout, one line each; everything else goes to stderr. This is the only room that writes for people.
-"""
+"""``tensorspark doctor``: whether driver and executors can train."""
 
 from __future__ import annotations
 
@@ -13,24 +10,20 @@ import os
 import re
 import secrets
 import shlex
-import sys
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import tensorspark
 from tensorspark import config as configuration
+from tensorspark.cli.output import EXIT_FAILED, EXIT_OK, UsageError, say
 from tensorspark.errors import ConfigError, TensorsparkError
 
 if TYPE_CHECKING:
     from tensorspark.driver.preflight import CheckResult
     from tensorspark.ps.client import ServerAddress
 
-_EXIT_OK, _EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED = 0, 1, 2, 130
-
-_DESCRIPTION = "Trains TensorFlow models on Spark executors, kept in step by a parameter server on the driver."
-_DOCTOR_DESCRIPTION = """\
+_DESCRIPTION = """\
 Checks that this machine and the executors can train, before you wait for a run that cannot. Starts a Spark application
 of its own and a parameter server as a run would, looks at the driver and at every slot, and prints a line a check:
 
@@ -40,7 +33,7 @@ of its own and a parameter server as a run would, looks at the driver and at eve
   FAIL  it does not work; the line says which setting to change
 
 Exits with 0 where nothing failed, 1 where something did, and 2 where the command itself was wrong."""
-_DOCTOR_EPILOG = """\
+_EPILOG = """\
 example, with the file that `pyspark --properties-file` and `spark-submit --properties-file` read too:
 
   python -m tensorspark doctor --properties-file conf/spark-defaults.conf
@@ -67,49 +60,13 @@ _DEFAULTS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit code.
-
-    Args:
-        arguments: without the program's name; None takes the process's.
-    """
-    parser = _make_parser()
-    options = parser.parse_args(arguments)
-    if options.command is None:
-        parser.print_help(sys.stderr)
-        return _EXIT_USAGE
-    try:
-        return _doctor(options)
-    except _UsageError as error:
-        sys.stderr.write(f"tensorspark doctor: {error}\n")
-        return _EXIT_USAGE
-    except (KeyboardInterrupt, Exception) as error:
-        if not _was_interrupted(error):
-            raise
-        sys.stderr.write("tensorspark doctor: interrupted\n")
-        return _EXIT_INTERRUPTED
-
-
-def _was_interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind it: in the middle of a call to Spark, py4j makes an error of its own of that."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
-
-
-class _UsageError(Exception):
-    """A command line that cannot work; the text says why."""
-
-
-def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("tensorspark", description=_DESCRIPTION)
-    parser.add_argument("--version", action="version", version=f"tensorspark {tensorspark.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+def add_parser(commands: Any) -> None:
+    """Adds the command to those of a parser."""
     doctor = commands.add_parser(
         "doctor",
         help="check that driver and executors can train",
-        description=_DOCTOR_DESCRIPTION,
-        epilog=_DOCTOR_EPILOG,
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     doctor.add_argument("--properties-file", metavar="F", help="settings of Spark and tensorspark, a key and a value "
@@ -117,7 +74,7 @@ def _make_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--master", metavar="M", help="where to run, such as local[2], yarn or spark://host:7077")
     doctor.add_argument("--conf", metavar="KEY=VALUE", type=_as_conf, action="append", default=[], help="a setting; "
                         "wins over the file; may be given again")  # fmt: skip
-    return parser
+    doctor.set_defaults(run=run)
 
 
 def _as_conf(text: str) -> str:
@@ -126,15 +83,17 @@ def _as_conf(text: str) -> str:
     return text
 
 
-# doctor
+def run(options: argparse.Namespace) -> int:
+    """Prints a line a check; returns the exit code.
 
-
-def _doctor(options: argparse.Namespace) -> int:
+    Raises:
+        UsageError: options that cannot work.
+    """
     submit_options = _submit_options(options)
     if importlib.util.find_spec("pyspark") is None:
-        _say("FAIL pyspark: it is not installed for this Python; pip install 'tensorspark[spark]', or run the doctor "
+        say("FAIL pyspark: it is not installed for this Python; pip install 'tensorspark[spark]', or run the doctor "
              "under spark-submit")  # fmt: skip
-        return _EXIT_FAILED
+        return EXIT_FAILED
     from tensorspark.driver.preflight import Status
 
     # py4j logs the stack of a call that Ctrl-C cut short, in part as the root logger; errors come to us in any case.
@@ -144,14 +103,9 @@ def _doctor(options: argparse.Namespace) -> int:
     has_failed = False
     with contextlib.closing(_examine(submit_options)) as results:
         for result in results:
-            _say(str(result))
+            say(str(result))
             has_failed |= result.status is Status.FAILED
-    return _EXIT_FAILED if has_failed else _EXIT_OK
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+    return EXIT_FAILED if has_failed else EXIT_OK
 
 
 def _submit_options(options: argparse.Namespace) -> list[str]:
@@ -159,14 +113,14 @@ def _submit_options(options: argparse.Namespace) -> list[str]:
     submit_options: list[str] = []
     if options.properties_file is not None:
         if not Path(options.properties_file).is_file():
-            raise _UsageError(f"--properties-file: expected a file, but there is none at {options.properties_file}")
+            raise UsageError(f"--properties-file: expected a file, but there is none at {options.properties_file}")
         submit_options += ["--properties-file", options.properties_file]
     if options.master is not None:
         submit_options += ["--master", options.master]
     for setting in options.conf:
         submit_options += ["--conf", setting]
     if submit_options and _SUBMITTED_VARIABLE in os.environ:
-        raise _UsageError(f"Spark has started already: give {submit_options[0]} to spark-submit instead")
+        raise UsageError(f"Spark has started already: give {submit_options[0]} to spark-submit instead")
     return submit_options
 
 
@@ -206,7 +160,7 @@ def _serve(
     stack: contextlib.ExitStack, config: configuration.Config, driver_host: str
 ) -> tuple[CheckResult, ServerAddress | None]:
     """Starts a parameter server as a run would, with a run that nobody trains."""
-    from tensorspark.driver.preflight import CheckResult
+    from tensorspark.driver.preflight import CheckResult, Status
     from tensorspark.driver.resources import address_of, start_server
     from tensorspark.weights.combiners import MeanWeightCombiner
     from tensorspark.weights.layout import TensorSpec, WeightLayout
@@ -221,7 +175,11 @@ def _serve(
     server.begin_run(layout.allocate(), MeanWeightCombiner(1), 1)
     address = address_of(server, config)
     how = "with TLS" if config.tls_enabled else "without TLS"
-    return CheckResult("parameter server", f"listens {how}, and advertises {address}"), address
+    found = f"listens {how}, and advertises {address}"
+    if config.server_port not in (0, server.port):
+        found += f": port {config.server_port} (spark.tensorspark.server.port) is taken"
+        return CheckResult("parameter server", found, Status.WARNING), address
+    return CheckResult("parameter server", found), address
 
 
 # Spark, without its talk

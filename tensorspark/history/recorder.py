@@ -1,4 +1,4 @@
-"""What happened in a run: `History`, which `SparkSession.run` returns."""
+"""Builds a run's points as pushes arrive."""
 
 from __future__ import annotations
 
@@ -6,110 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from tensorspark.history.reports import Point
 
 _MAX_POINTS = 2000
-
-
-@dataclass(frozen=True)
-class Point:
-    """Training between two points in time, over all workers.
-
-    Attributes:
-        seconds: since the run began.
-        num_steps: local steps of all workers so far.
-        num_samples: rows trained on so far.
-        scalars: means over the samples since the point before, by fetch name.
-    """
-
-    seconds: float
-    num_steps: int
-    num_samples: int
-    scalars: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class WorkerReport:
-    """What one partition's worker did.
-
-    Attributes:
-        host: where the partition's last attempt ran; empty where none came.
-        num_attempts: tasks that held the partition, one after the other.
-        num_reconnects: times that an attempt lost its connection and came back.
-        num_pushed: pushes that arrived whole.
-        num_applied: pushes that are in the weights.
-        num_refused: pushes that the server refused.
-        num_repeated: pushes that came again after a reconnect and were in the weights already.
-        num_bytes_pushed, num_bytes_pulled: of weights and of metrics' totals, on the wire, headers not counted.
-        epoch_samples, epoch_seconds: rows and duration of the last attempt's finished epochs (of the last 1,000).
-        step_s, sync_s: time in local steps, and in pushing, pulling and waiting; reading rows is in neither.
-        hidden_s: time that pushing, pulling and waiting took while local steps went on (``overlap``).
-        finished: whether the partition was trained to its end.
-    """
-
-    partition: int
-    host: str = ""
-    num_attempts: int = 0
-    num_steps: int = 0
-    num_samples: int = 0
-    num_reconnects: int = 0
-    num_pushed: int = 0
-    num_applied: int = 0
-    num_refused: int = 0
-    num_repeated: int = 0
-    num_bytes_pushed: int = 0
-    num_bytes_pulled: int = 0
-    epoch_samples: tuple[int, ...] = ()
-    epoch_seconds: tuple[float, ...] = ()
-    step_s: float = 0.0
-    sync_s: float = 0.0
-    hidden_s: float = 0.0
-    finished: bool = False
-
-
-@dataclass(frozen=True)
-class History:
-    """What a run did.
-
-    Attributes:
-        name: the session's name.
-        num_steps: local steps, over all workers.
-        num_samples: rows trained on, over all workers and epochs.
-        seconds: from the start of the Spark job to its end.
-        seed: of the shuffles: with it the same batches come again.
-        points: the run's course, at most 2,000 points; a longer run's neighbours are merged.
-        workers: one report a partition.
-        history: of `SparkSession.fit`: each metric's values by epoch, as `keras.callbacks.History` has them; metrics of
-            held-out rows begin with ``val_``. Those of training are over the epoch's steps of all workers, by samples.
-        epoch: the epochs' numbers, from 0.
-    """
-
-    name: str
-    num_steps: int
-    num_samples: int
-    seconds: float
-    seed: int
-    points: tuple[Point, ...] = field(repr=False)
-    workers: tuple[WorkerReport, ...] = field(repr=False)
-    history: Mapping[str, list[Any]] = field(default_factory=dict)
-    epoch: tuple[int, ...] = ()
-
-    @property
-    def samples_per_s(self) -> float:
-        """Rows trained on in a second, start-up of the workers included."""
-        return self.num_samples / self.seconds if self.seconds > 0 else 0.0
-
-    @property
-    def scalars(self) -> dict[str, NDArray[np.float64]]:
-        """The fetched scalars, one `[len(points)] float64` a fetch; NaN where a point has no value."""
-        names = dict.fromkeys(name for point in self.points for name in point.scalars)
-        return {name: np.array([point.scalars.get(name, np.nan) for point in self.points]) for name in names}
-
-    @property
-    def steps(self) -> NDArray[np.int64]:
-        """The points' steps, `[len(points)] int64`: the x axis to `scalars`."""
-        return np.array([point.num_steps for point in self.points], np.int64)
 
 
 @dataclass(frozen=True)
@@ -176,6 +75,7 @@ class Recorder:
         self._points[-1].add(seconds, self.num_steps, self.num_samples, num_samples, dict(sums))
 
     def points(self) -> tuple[Point, ...]:
+        """The course so far."""
         return tuple(sums.point() for sums in self._points)
 
     def export(self) -> RecorderState:
@@ -183,6 +83,7 @@ class Recorder:
         return RecorderState(self._stride, self._num_in_last, tuple(sums.export() for sums in self._points))
 
     def last(self) -> Point | None:
+        """The newest point; None before the first push."""
         return self._points[-1].point() if self._points else None
 
     def _halve_if_full(self) -> None:
