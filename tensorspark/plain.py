@@ -20,10 +20,12 @@ class WrongValueError(Exception):
 
 def as_plain(value: Any) -> Any:
     """Dataclasses and mappings as dicts, tuples as lists, numpy's scalars as Python's."""
-    if type(value) in _PLAIN:
+    kind: Any = type(value)
+    if kind in _PLAIN:
         return value
-    if is_dataclass(value):
-        return {field.name: as_plain(getattr(value, field.name)) for field in fields(value)}
+    names = _names(kind)
+    if names is not None:
+        return {name: as_plain(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         return {key: as_plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -69,6 +71,12 @@ def _build_dataclass(kind: Any, value: dict[str, Any], where: str) -> Any:
     if missing := sorted(required - value.keys()):
         raise WrongValueError(f"{where} has no field {missing[0]!r}")
     return kind(**{name: build(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+
+
+@cache
+def _names(kind: type) -> tuple[str, ...] | None:
+    """Of a dataclass's fields; None of another type."""
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else None
 
 
 @cache

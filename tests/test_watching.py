@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ from tensorspark.telemetry.records import (
     WorkerEvent,
     WorkerSample,
 )
+from tensorspark.telemetry.view import RunView
 from tensorspark.trainers.startup import quiet
 from tests.regression import W0, Regression, build, rows_of, run
 
@@ -379,6 +380,16 @@ def test_workers_in_the_run_file_are_those_of_the_history_and_their_time_is_acco
     assert sorted(events) == [(0, "finished"), (0, "granted"), (1, "finished"), (1, "granted")]
 
 
+def test_no_pace_is_that_of_a_moment(watched: Watched) -> None:
+    """The epochs' ends and the run's are looked at besides, at any time after the look before."""
+    paces = list(RunView(watched.records).paces)
+    assert min(pace.duration_s for pace in paces) >= 0.2
+    one = of_kind(watched.records, Sample)[0]
+    moments = [(1.0, 10), (2.0, 30), (2.01, 90), (3.0, 110)]
+    view = RunView(replace(one, seconds=seconds, num_steps=num_steps) for seconds, num_steps in moments)
+    assert [(pace.duration_s, pace.steps_per_s) for pace in view.paces] == [(1.0, 20.0), (1.0, 80.0)]
+
+
 def test_checkpoints_in_the_run_file_are_where_they_are_said_to_be(watched: Watched) -> None:
     written = of_kind(watched.records, CheckpointWritten)
     assert written
@@ -534,7 +545,8 @@ def test_who_brings_a_wrong_token_is_told_where_the_right_one_is(watched: Watche
     stranger = watched.visits["stranger"]
     assert stranger.status == 401
     assert stranger.headers["Content-Type"] == "text/html; charset=utf-8"
-    assert "token" in stranger.text
+    assert "driver" in stranger.text
+    assert "dashboard?token=" in stranger.text
     assert TOKEN not in stranger.text
     assert watched.visits["no token"].status == 401
 
@@ -781,6 +793,12 @@ def test_a_dashboard_that_is_not_installed_is_said_in_a_line(
         for _ in range(2):
             assert run(session, model, sc.parallelize(ROWS, 2), progress=True).dashboard_url is None
     assert capsys.readouterr().err.count("pip install 'tensorspark[dashboard]'") == 1
+
+
+def test_a_token_that_could_be_guessed_is_refused_and_not_repeated(sc: SparkContext, model: Regression) -> None:
+    with pytest.raises(ConfigError, match=r"spark\.tensorspark\.dashboard\.token\) must be at least 16") as raised:
+        SparkSession(sc, model.session, dashboard_token="too-short-one")
+    assert "too-short-one" not in str(raised.value)
 
 
 def test_runs_of_a_session_share_a_page_and_have_directories_of_their_own(

@@ -2,8 +2,8 @@
 
 A page is one Bokeh session with one small model in it, which carries frames of text; the figures are the same for all
 pages, so they are serialized once and served as a file, and the page's own scripts fill them. Whatever the number of
-pages, a frame is computed once, and what frames take stays below a hundredth of the loop's time: where it would be more,
-they come less often than once a second. Opening a page costs once.
+pages, a frame is computed once, and what frames take stays below a hundredth of the loop's time: where it would be
+more, they come less often than once a second. Opening a page costs once.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import statistics
 import time
 import types
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +45,7 @@ class Dashboard:
         application: to be mounted; serves ``/dashboard``, ``/dashboard/...`` and ``/static/...``. Who may see it is for
             a door in front to decide.
         interval_s: seconds from one frame to the next.
-        cost_s: CPU seconds that the loop spent on the last frame with all pages.
+        cost_s: CPU seconds that the loop spends on a frame, with all pages; the median of the last five.
         opening_cost_s: the same, of the last one for which a page had just been opened: it got all there is, once.
     """
 
@@ -60,6 +62,7 @@ class Dashboard:
         self._meter = _Meter()
         self.interval_s = _INTERVAL_S
         self.cost_s = 0.0
+        self._costs: deque[float] = deque(maxlen=5)
         self.opening_cost_s = 0.0
         self._is_opening = False
 
@@ -140,8 +143,10 @@ class Dashboard:
         if self._is_opening:
             self.opening_cost_s = cost_s
             return
-        self.cost_s = cost_s
-        self.interval_s = min(max(_INTERVAL_S, cost_s / _SHARE), _MAX_INTERVAL_S)
+        self._costs.append(cost_s)
+        # The median: a frame during which Python collected garbage says nothing of the next.
+        self.cost_s = statistics.median(self._costs)
+        self.interval_s = min(max(_INTERVAL_S, self.cost_s / _SHARE), _MAX_INTERVAL_S)
 
     async def _told(self, page: _Page, text: str) -> None:
         try:

@@ -105,7 +105,7 @@ class Frames:
         return news, self._all[1] if full else ""
 
     def _run(self) -> Json | None:
-        return self.view.began and _run(self.view.began)
+        return None if self.view.began is None else _run(self.view.began)
 
     def _everything(self) -> Json:
         view = self.view

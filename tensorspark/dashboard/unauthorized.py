@@ -15,9 +15,10 @@ _PAGE = """<!doctype html>
   @media (prefers-color-scheme: dark) {
     :root { --page: #0e141c; --card: #161e29; --text: #e8edf4; --muted: #a3b0c2; --line: #2b3746; --accent: #7ab8ff; }
   }
-  body { margin: 0; min-height: 100vh; display: grid; place-items: center; background: var(--page); color: var(--text);
+  body { margin: 0; min-height: 100vh; display: grid; grid-template-columns: minmax(0, 1fr); place-items: center;
+         background: var(--page); color: var(--text);
          font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-  main { box-sizing: border-box; width: min(40rem, 100%); padding: 2rem; background: var(--card);
+  main { box-sizing: border-box; width: min(40rem, 100%); padding: clamp(1.25rem, 5vw, 2.5rem); background: var(--card);
          border: 1px solid var(--line); border-radius: 12px; }
   .code { margin: 0; color: var(--accent); font-weight: 600; letter-spacing: .02em; }
   h1 { margin: .25rem 0 1rem; font-size: 1.5rem; line-height: 1.25; }

@@ -144,19 +144,21 @@ def write_then_rename(
     parts: Iterable[bytes | memoryview],
     *,
     is_durable: bool = False,
+    is_nameless: bool = False,
     give_up_at: float = math.inf,
 ) -> None:
     """Writes a file that appears whole or not at all; one of that name is replaced.
 
-    Until then its name is ``.<name>.<32 hex digits>``. Asks under the caller's deadline.
+    Until then its name is ``.<name>.<32 hex digits>``, or ``.<32 hex digits>``. Asks under the caller's deadline.
 
     Args:
         parts: the content, in pieces; not copied as a whole.
         is_durable: whether a local file must be on the disk, not only in the kernel's memory, before it gets its name.
+        is_nameless: whether the name until then must not hold the file's, by which somebody else would take it for one.
         give_up_at: on `time.monotonic`: an operation that was left to itself stops here once it can go on.
     """
     parent, _, name = path.rpartition("/")
-    temporary = f"{parent}/.{name}.{uuid.uuid4().hex}"
+    temporary = f"{parent}/.{'' if is_nameless else f'{name}.'}{uuid.uuid4().hex}"
     # Other filesystems' renames replace the target anyway, and not all of them take the argument.
     options = {"overwrite": True} if str(filesystem.protocol) in _HDFS_FILESYSTEMS else {}
     try:

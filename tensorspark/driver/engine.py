@@ -265,7 +265,6 @@ class Engine:
         self, captured: Captured, plan: RunPlan, resume: RunCheckpoint | None, label: JobLabel
     ) -> tuple[AnyServer, WorkerJob, RunWatch]:
         config, spec = self.config, captured.spec
-        began_at = time.monotonic() - (resume.seconds if resume else 0.0)
         content = self._publisher.publish(captured.content, spec.content_hash)
         server = self._resources.server_for(spec.layout, plan.combiner)
         if resume and not isinstance(server, ShardedServer):
@@ -280,6 +279,7 @@ class Engine:
             compression=self._compression,
             keeps_spans=self.watchers.keeps_spans,
         )
+        began_at = time.monotonic() - (resume.seconds if resume else 0.0)
         began = run_began(self.spark_context, self.name, config, plan, spec.layout, run, resume, label)
         self.watch = watch = self.watchers.watch(server, began, began_at=began_at, graph=captured.graph)
         address = address_of(server, config)

@@ -137,6 +137,8 @@ def describe(status: Status, pace: _Pace | None = None, took_s: float | None = N
         rate = pace.samples_per_s if took_s is None else pace.mean_samples_per_s(status)
     if rate is not None:
         parts.append(Part(f"{rate:,.0f} samples/s", 6))
+    if status.staleness:  # none where all wait for all
+        parts.append(Part(f"staleness {status.staleness:.1f}", 8))
     parts += _workers(status)
     if took_s is not None:
         parts.append(Part(f"took {_clock(took_s)}", 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import numbers
 import secrets
 import threading
 import time
@@ -186,8 +187,8 @@ class RunWatch:
     def epoch_ended(self, epoch: int, logs: Mapping[str, Any]) -> None:
         """An epoch of `fit` has ended, with these metrics."""
         self._observe()  # nobody trains now: what is told next is of all its steps
-        numbers = {name: _number(value) for name, value in logs.items() if isinstance(value, int | float)}
-        self._tell(EpochEnded(self._now(), epoch, self._num_steps, numbers))
+        metrics = {name: _number(float(value)) for name, value in logs.items() if isinstance(value, numbers.Real)}
+        self._tell(EpochEnded(self._now(), epoch, self._num_steps, metrics))
 
     def checkpoint_written(self, version: int, url: str, num_bytes: int, duration_s: float) -> None:
         """A checkpoint is where it belongs."""

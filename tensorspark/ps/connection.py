@@ -53,6 +53,7 @@ class Connection:
         may_take_last: whether a push of this worker may take the pool's last buffer, see `BufferPool`.
         totals_bytes: of an evaluation, and behind the weights of a push that has any.
         is_encoded: whether pushes may be encoded.
+        on_push: told when a push has begun to arrive, on the monotonic clock.
 
     Attributes:
         heard_at: when a frame of the worker's began or ended last, or a part of a push came, on the monotonic clock.
@@ -70,6 +71,7 @@ class Connection:
         may_take_last: Callable[[], bool] = lambda: True,
         totals_bytes: int = 0,
         is_encoded: bool = False,
+        on_push: Callable[[float], None] = lambda began_at: None,
     ) -> None:
         self.number = number
         self.heard_at = time.monotonic()
@@ -82,6 +84,7 @@ class Connection:
         self._deadline_s = deadline_s
         self._totals_bytes = totals_bytes
         self._is_encoded = is_encoded
+        self._on_push = on_push
         self._unwritten: asyncio.Future[None] | None = None
 
     async def read(self) -> Frame:
@@ -100,6 +103,8 @@ class Connection:
         data = await self._stream.read_bytes(protocol.PREFIX_BYTES)
         self.heard_at = began_at = time.monotonic()
         prefix = protocol.decode_prefix(data, protocol.FROM_WORKER, self._layout.num_bytes + self._totals_bytes)
+        if prefix.kind is Kind.PUSH:
+            self._on_push(began_at)
         async with asyncio.timeout(self._deadline_s):
             header = protocol.decode_header(await self._stream.read_bytes(prefix.header_bytes))
         weights_bytes = self._weights_bytes(prefix, header)

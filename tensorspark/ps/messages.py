@@ -242,6 +242,8 @@ class Status:
         scalars: the newest means, by fetch name.
         epoch: the newest that workers may train; None, as `num_epochs`, in a run without an `EpochPlan`.
         num_resting: workers that wait at the epoch's end.
+        staleness: versions that were published, on average of all pushes, since what a push is based on was pulled;
+            None before the first.
     """
 
     run: int
@@ -258,6 +260,7 @@ class Status:
     epoch: int | None = None
     num_epochs: int | None = None
     num_resting: int = 0
+    staleness: float | None = None
 
 
 # Decisions

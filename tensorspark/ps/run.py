@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 
 from tornado.iostream import IOStream, StreamClosedError
 
@@ -135,6 +136,7 @@ class Run:
             may_take_last=lambda: self.state.may_take_last_buffer(number),
             totals_bytes=self._totals_bytes,
             is_encoded=self._push_codec is not None,
+            on_push=lambda began_at: self._observer.arriving(number, began_at),
         )
         self._connections[number] = connection
         try:
@@ -209,7 +211,7 @@ class Run:
         self._execute(self.state.request_stop())
 
     def status(self) -> Status:
-        return self.state.overview.status()
+        return replace(self.state.overview.status(), staleness=self._observer.collector.mean_staleness)
 
     def points(self) -> tuple[Point, ...]:
         return self.state.recorder.points()

@@ -125,6 +125,12 @@ class Session:
         """Where this session's runs write checkpoints, for `restore`; None where they write none."""
         return self._engine.checkpoint_dir
 
+    @property
+    def dashboard_url(self) -> str | None:
+        """The live page's address, with its token; None where there is no page, or no server yet."""
+        server = self._engine.server
+        return None if server is None else self._engine.watchers.url(server)
+
     def status(self) -> Status | None:
         """How the run stands at this moment, for other threads to ask; None where there is none."""
         server = self._engine.server

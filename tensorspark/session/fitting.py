@@ -157,7 +157,7 @@ class FittingSession(Session):
 
         Raises:
             SessionClosedError, ConfigError, FeedError, ModelError: before a task starts. What rows a task cannot take,
-            the DataFrame's own actions tell.
+                the DataFrame's own actions tell.
         """
         names = self._named(df, features, None, None)
         model = self._fit_model("predict")

@@ -29,7 +29,7 @@ class SparkSession(FittingSession):
             takes the Spark configuration's value, then the default, as does what is not given.
         staleness: how workers are kept in step: 0 is bulk-synchronous, k > 0 stale-synchronous (the fastest worker
             leads the slowest by at most k synchronizations), None asynchronous.
-        settings: any other row of `SETTINGS`, by its field.
+        settings: any other row of `SETTINGS`, by its field, such as `log_dir` or `dashboard`.
         graph: the TensorFlow session's graph, or None.
         config: `tf.compat.v1.ConfigProto` of the workers' sessions. Thread counts that it leaves open become
             ``spark.task.cpus``.
@@ -85,7 +85,8 @@ class SparkSession(FittingSession):
             shuffle_within_partition: shuffles each partition's rows anew in every epoch.
             options: `RunOptions` for every step.
             run_metadata: only without `feed_rdd`; workers collect none.
-            server_reusable: keeps the server for the next run; `stop_param_server` or `close` ends it.
+            server_reusable: keeps the server for the next run; `stop_param_server` or `close` ends it. Without, it
+                forgets the weights at the end, and closes its port unless that has the dashboard.
             num_epochs: passes over the feed in one job; rows are decoded once.
             seed: of the shuffles; None draws one (it is in the history), or takes that of the run that is continued.
             progress: shows a line on stderr.

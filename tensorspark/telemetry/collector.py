@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tensorspark.telemetry.clocks import ClockBounds
 from tensorspark.telemetry.notes import Note
@@ -23,6 +22,7 @@ _MIN_SPANS, _MAX_SPANS_A_PARTITION = 4, 60
 _MAX_EVENTS = 2000
 _MAX_TRACED = 100_000
 _MAX_UNSETTLED = 10_000
+_FEW = 32  # of which a loop is quicker than numpy
 _ACTIVITIES = tuple(Activity)
 _CODES = {activity: code for code, activity in enumerate(_ACTIVITIES)}
 
@@ -47,6 +47,7 @@ class Collector:
         self.began_at = began_at
         self.keeps_spans = keeps_spans
         self.staleness = [0] * (MAX_STALENESS + 1)
+        self._total_staleness = 0
         self.num_raw_bytes_pushed = 0
         self.num_raw_bytes_pulled = 0
         self.dirty: set[int] = set()
@@ -56,6 +57,12 @@ class Collector:
         self._events: list[WorkerEvent] = []
         self._logs: list[LogLine] = []
         self._traced: list[Span] = []
+
+    @property
+    def mean_staleness(self) -> float | None:
+        """Of all pushes; None before the first."""
+        num_pushes = sum(self.staleness)
+        return self._total_staleness / num_pushes if num_pushes else None
 
     def since_began(self, now: float) -> float:
         return now - self.began_at
@@ -75,23 +82,24 @@ class Collector:
             busy.sums_began_at = min(busy.sums_began_at, began_at - self.began_at)
             busy.sums[activity] = busy.sums.get(activity, 0.0) + duration_s
 
-    def spent_all(self, partition: int, codes: bytes, moments: NDArray[np.float64]) -> None:
-        """A worker was at one thing after the other: as many calls of `spent`, most of them in bulk.
+    def spent_all(self, partition: int, codes: bytes, moments: list[float]) -> None:
+        """A worker was at one thing after the other: as many calls of `spent`, of very many most in bulk.
 
         Args:
             codes: of activities, by their place among all of them.
-            moments: when each began, and when the last ended: one more than codes.
+            moments: when each began, and when the last ended: one more than codes, none before the one ahead of it.
         """
         num_single = max(0, self._max_spans - len(self._busy[partition].spans)) if self.keeps_spans else 0
-        for code, began_at, ended_at in zip(codes[:num_single], moments.tolist(), moments[1:].tolist(), strict=False):
-            self.spent(partition, _ACTIVITIES[code], began_at, max(began_at, ended_at))
-        if len(codes) <= num_single:
+        if len(codes) < num_single + _FEW:
+            num_single = len(codes)
+        for code, began_at, ended_at in zip(codes[:num_single], moments, moments[1:], strict=False):
+            self.spent(partition, _ACTIVITIES[code], began_at, ended_at)
+        if len(codes) == num_single:
             return
         rest = np.frombuffer(codes, np.uint8)[num_single:]
-        durations = np.maximum(np.diff(moments[num_single:]), 0.0)
-        sums = np.bincount(rest, durations, len(_ACTIVITIES)).tolist()
+        sums = np.bincount(rest, np.diff(moments[num_single:]), len(_ACTIVITIES)).tolist()
         for code in np.unique(rest).tolist():
-            self.spent(partition, _ACTIVITIES[code], began_at := float(moments[num_single]), began_at + sums[code])
+            self.spent(partition, _ACTIVITIES[code], began_at := moments[num_single], began_at + sums[code])
 
     def busy_s(self, partition: int) -> dict[str, float]:
         """What the partition's workers have spent so far, by activity."""
@@ -117,6 +125,7 @@ class Collector:
             staleness: versions published since what it is based on was pulled.
         """
         self.staleness[min(max(staleness, 0), MAX_STALENESS)] += 1
+        self._total_staleness += max(staleness, 0)
         points = self._points
         seconds = now - self.began_at
         if not points or (seconds - points[-1].began >= _POINT_S and len(points) < _MAX_POINTS):
@@ -203,9 +212,11 @@ class Timeline:
         if self.activity is None:
             return
         # At thousands a second this is all that there is time for; `settle` adds it up.
-        self._codes.append(_CODES[self.activity])
-        self._moments.append(self.since)
-        self.activity, self.since = activity, now
+        if now > self.since:
+            self._codes.append(_CODES[self.activity])
+            self._moments.append(self.since)
+            self.since = now
+        self.activity = activity
         if activity is None or len(self._codes) >= _MAX_UNSETTLED:
             self.settle(now)
 
@@ -216,9 +227,8 @@ class Timeline:
             self._moments.append(self.since)
             self.since = now
         if self._codes:
-            moments = np.array([*self._moments, self.since])
             self._collector.dirty.add(self.partition)
-            self._collector.spent_all(self.partition, bytes(self._codes), moments)
+            self._collector.spent_all(self.partition, bytes(self._codes), [*self._moments, self.since])
             self._codes.clear()
             self._moments.clear()
 

@@ -21,10 +21,12 @@ from tensorspark.errors import ConfigError
 from tensorspark.plain import WrongValueError, as_plain, build
 from tensorspark.telemetry.growing import GrowingFile
 from tensorspark.telemetry.records import Record, RunBegan
+from tensorspark.telemetry.thinning import Thinning
 
 logger = logging.getLogger(__name__)
 
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in get_args(Record)}
+_PIECE_BYTES = 2**24
 _PART = re.compile(r"run-\d+\.jsonl")
 
 
@@ -57,7 +59,7 @@ def decode(line: bytes | str, where: str) -> Record | None:
 
 
 class RunFile:
-    """Writes a run's records to its directory.
+    """Writes a run's records to its directory; of a long run, fewer samples and spans: see `telemetry.thinning`.
 
     Args:
         directory: URL; made where there is none.
@@ -69,9 +71,14 @@ class RunFile:
 
     def __init__(self, directory: str, *, user: str = "", setting: str = "spark.tensorspark.log.dir") -> None:
         self._file = GrowingFile(directory, lambda part: f"run-{part:04d}.jsonl", user=user, setting=setting)
+        self._thinning = Thinning()
+        self._num_bytes = 0
 
     def record(self, record: Record) -> None:
-        self._file.write(encode(record))
+        for passed in self._thinning.passed(record, self._num_bytes):
+            line = encode(passed)
+            self._num_bytes += len(line)
+            self._file.write(line)
 
     def flush(self) -> None:
         self._file.flush()
@@ -90,15 +97,28 @@ def read_run(directory: str, *, user: str = "") -> Iterator[Record]:
     filesystem, path = open_filesystem(directory, user, "RUN_DIR")
     names = attempt("read", directory, lambda: _parts(filesystem, path, directory), setting="RUN_DIR")
     for name in names:
-        content = attempt("read", name, functools.partial(filesystem.cat_file, name), TRANSFER_DEADLINE_S, "RUN_DIR")
-        lines = content.splitlines(keepends=True)
-        for number, line in enumerate(lines, 1):
-            if number == len(lines) and not line.endswith(b"\n"):
+        for number, line in enumerate(_lines(filesystem, name), 1):
+            if not line.endswith(b"\n"):
                 logger.warning("the last line of %s was cut off: the run's driver died while it wrote", name)
                 return
             record = decode(line, f"{name}, line {number},")
             if record is not None:
                 yield record
+
+
+def _lines(filesystem: Any, name: str) -> Iterator[bytes]:
+    """A file's lines; of long files a piece is in memory at a time."""
+    rest, start = b"", 0
+    while True:
+        read = functools.partial(filesystem.cat_file, name, start, start + _PIECE_BYTES)
+        piece = attempt("read", name, read, TRANSFER_DEADLINE_S, "RUN_DIR")
+        start += len(piece)
+        *whole, rest = (rest + piece).split(b"\n")
+        yield from (line + b"\n" for line in whole)
+        if len(piece) < _PIECE_BYTES:
+            break
+    if rest:
+        yield rest
 
 
 def _parts(filesystem: Any, path: str, url: str) -> list[str]:

@@ -67,7 +67,8 @@ class GrowingFile:
             with open(f"{self._path}/{self._name(0)}", "ab") as file:
                 file.write(data)
             return
-        write_then_rename(self._filesystem, f"{self._path}/{self._name(self._num_parts)}", [data])
+        # TensorBoard takes every file for one of its own whose name holds a certain word.
+        write_then_rename(self._filesystem, f"{self._path}/{self._name(self._num_parts)}", [data], is_nameless=True)
         self._num_parts += 1
 
     def _attempt(self, doing: str, operation: Callable[[], object]) -> None:

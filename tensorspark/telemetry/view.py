@@ -27,6 +27,7 @@ from tensorspark.telemetry.series import Series
 _MAX_POINTS = 2000
 _MAX_SPANS = 20_000
 _MAX_LINES = 500
+_MIN_PACE_S = 0.2  # pushes come in rounds: between two samples that are closer, all or nothing would be one
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class RunView:
         sample: the newest; its `workers` are those that changed, `workers` has all.
         workers: by partition.
         points: of training; merged where there are more than 2,000.
-        paces: between samples.
+        paces: between samples; of those that come within 0.2 s of the one before, the next one takes account.
         norms: of weights and updates.
         spans: of workers, the newest 20,000; a span is in the order in which it was told.
         num_spans: told so far, with those that are not kept.
@@ -83,6 +84,7 @@ class RunView:
         self.began: RunBegan | None = None
         self.ended: RunEnded | None = None
         self.sample: Sample | None = None
+        self._paced: Sample | None = None
         self.workers: dict[int, WorkerSample] = {}
         self.points: Series[TrainingPoint] = Series(_MAX_POINTS, _merged_points)
         self.paces: Series[Pace] = Series(_MAX_POINTS, _merged_paces)
@@ -133,10 +135,14 @@ class RunView:
             self.ended = record
 
     def _apply_sample(self, sample: Sample) -> None:
-        before, self.sample = self.sample, sample
+        self.sample = sample
         self.workers.update({worker.partition: worker for worker in sample.workers})
-        if before is not None and sample.seconds > before.seconds:
+        before = self._paced
+        if before is None:
+            self._paced = sample
+        elif sample.seconds - before.seconds >= _MIN_PACE_S:
             self.paces.append(_pace(before, sample))
+            self._paced = sample
 
     @property
     def compression(self) -> float:

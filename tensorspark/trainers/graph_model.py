@@ -76,7 +76,10 @@ def capture(
     spec = GraphSpec(
         layout=layout,
         columns=columns,
-        table_initializers=tuple(op.name for op in graph.get_collection(tf.GraphKeys.TABLE_INITIALIZERS)),
+        # A table of eager code, made while no graph of its own was open, leaves a None here.
+        table_initializers=tuple(
+            op.name for op in graph.get_collection(tf.GraphKeys.TABLE_INITIALIZERS) if op is not None
+        ),
         fetches=scalars,
         targets=targets,
         constants=constant_feeds,

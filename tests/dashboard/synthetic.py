@@ -91,7 +91,12 @@ class SyntheticRun:
     ) -> None:
         self._random = random.Random(seed)
         self._workers = [
-            _Worker(i, 1.0 + 0.07 * (i % 3) + (0.6 if i == 2 else 0.0), host=host.format(i // 2 + 1), attempt=100 + i)
+            _Worker(
+                i,
+                1.0 + 0.07 * (i % 3) + (0.6 if i == 2 else 0.0),
+                host=host.replace("{}", str(i // 2 + 1)),
+                attempt=100 + i,
+            )
             for i in range(num_workers)
         ]
         self._name, self._run, self._duration_s = name, run, duration_s

@@ -20,7 +20,7 @@ import pytest
 from tqdm import tqdm
 
 from tensorspark.driver.displays import Part, fitting
-from tensorspark.driver.progress import ProgressLine
+from tensorspark.driver.progress import ProgressLine, describe
 from tensorspark.ps.messages import Status
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -495,3 +495,10 @@ def test_parts_go_by_their_rank_until_the_rest_fits() -> None:
     assert fitting(parts, 18) == "aaaaa  ccccc"
     assert fitting(parts, 11) == "ccccc"
     assert fitting(parts, 3) == "ccc"
+
+
+@pytest.mark.parametrize(("staleness", "shown"), [(None, False), (0.0, False), (1.26, True)])
+def test_staleness_is_shown_where_pushes_are_based_on_older_weights(staleness: float | None, shown: bool) -> None:
+    texts = [part.text for part in describe(status(staleness=staleness))]
+    assert ("staleness 1.3" in texts) == shown
+    assert sum(text.startswith("staleness") for text in texts) == shown

@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tensorspark.driver import weight_watching
+from tensorspark.driver.watching import RunWatch
+from tensorspark.driver.weight_watching import WeightWatch
 from tensorspark.ps import headers, protocol
 from tensorspark.ps.client import ParameterClient, ServerAddress
 from tensorspark.ps.messages import Cursor, EpochPlan, OrderKind, Push, Registration, TimeSpent
 from tensorspark.ps.protocol import Kind
 from tensorspark.ps.server import ParameterServer
 from tensorspark.ps.sync import SyncPlan
+from tensorspark.telemetry.files import RunFile, read_run
 from tensorspark.telemetry.notes import Line, Notebook, Timing
-from tensorspark.telemetry.records import LogLine, Observation, Sample, Span, TrainingPoint, WorkerEvent, WorkerSample
+from tensorspark.telemetry.records import (
+    LogLine,
+    Observation,
+    RunBegan,
+    Sample,
+    Span,
+    TrainingPoint,
+    WorkerEvent,
+    WorkerSample,
+)
+from tensorspark.telemetry.traces import TraceFile
+from tensorspark.telemetry.view import RunView
 from tensorspark.weights.combiners import DeltaWeightCombiner
 from tensorspark.weights.compression import Compression
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
@@ -43,6 +61,15 @@ def push_of(sequence: int, version: int = 0, **changes: Any) -> Push:
     return replace(push, **changes)
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Polls, since what another connection did is seen by asking only."""
+    pause, deadline = threading.Event(), time.monotonic() + DEADLINE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"it did not come about within {DEADLINE_S:g} s")
+        pause.wait(0.01)
+
+
 class Watched:
     """A server with a run that is watched: all that it has told so far."""
 
@@ -53,6 +80,7 @@ class Watched:
         self._stack = stack
         options = {"keeps_spans": True, **options}
         self.run = self.server.begin_run(filled(layout, 2), DeltaWeightCombiner(), partitions, **options)
+        self.sample: Sample | None = None
         self.spans: list[Span] = []
         self.events: list[WorkerEvent] = []
         self.points: list[TrainingPoint] = []
@@ -80,18 +108,15 @@ class Watched:
         self.points += observation.points
         self.logs += observation.logs
         self.traced += observation.traced
+        self.sample = observation.sample
         self.workers |= {worker.partition: worker for worker in observation.sample.workers}
         return observation
 
     def until(self, condition: Callable[[Sample], bool]) -> Sample:
         """Asks until it is so: what a connection did is seen by asking only."""
-        pause, deadline = threading.Event(), time.monotonic() + DEADLINE_S
-        while time.monotonic() < deadline:
-            sample = self.observe().sample
-            if condition(sample):
-                return sample
-            pause.wait(0.01)
-        pytest.fail(f"it did not come about within {DEADLINE_S:g} s")
+        wait_until(lambda: condition(self.observe().sample))
+        assert self.sample is not None
+        return self.sample
 
     def until_event(self, what: str) -> WorkerEvent:
         self.until(lambda sample: any(event.what == what for event in self.events))
@@ -188,6 +213,7 @@ def test_a_push_that_takes_long_to_arrive_counts_no_second_twice_however_often_o
     for before, after in itertools.pairwise(told):
         assert all(after[name] >= seconds for name, seconds in before.items())
     assert watched.workers[0].num_applied == 1
+    assert watched.workers[0].busy_s["push"] > 0.3
     assert_add_up(watched, 0, sample.seconds)
 
 
@@ -351,6 +377,7 @@ def test_staleness_is_by_how_many_versions_a_push_came_late(watch: Watch) -> Non
     sample = watched.observe().sample
     assert {late: count for late, count in enumerate(sample.staleness) if count} == {0: 3, 3: 1}
     assert (sample.version, sample.num_steps, sample.num_samples) == (4, 8, 40)
+    assert [watched.workers[partition].lag for partition in (0, 1)] == [0, 2]
 
 
 def test_points_have_the_means_of_all_rows_since_the_one_before(watch: Watch) -> None:
@@ -617,3 +644,145 @@ def test_a_run_that_was_restored_counts_from_where_it_stood(watch: Watch) -> Non
     sample = watched.observe().sample
     assert sample.seconds >= 500
     assert (sample.num_steps, sample.num_samples, sample.version) == (2, 10, 1)
+
+
+# Who watches it all along
+
+
+BEGAN = RunBegan(0.0, 1, "digits", 1.7e9, "asynchronous", 2, 1, "DeltaWeightCombiner", {}, (), 56, "2.0.0")
+
+
+def begin_watch(watched: Watched, view: RunView, *sinks: Any, wants_weights: bool = True) -> RunWatch:
+    return RunWatch(
+        watched.server,
+        view,
+        sinks,
+        BEGAN,
+        began_at=time.monotonic(),
+        log_dir=None,
+        trace=next((sink for sink in sinks if isinstance(sink, TraceFile)), None),
+        wants_weights=lambda: wants_weights,
+    )
+
+
+def train(worker: ParameterClient, layout: WeightLayout, num_pushes: int) -> None:
+    buffer = layout.allocate()
+    for sequence in range(1, num_pushes + 1):
+        worker.push(filled(layout, 1), push_of(sequence, worker.pull(buffer).version))
+    worker.flush()
+
+
+def test_a_run_that_is_read_from_its_file_looks_as_it_did_while_it_went_on(watch: Watch, tmp_path: Path) -> None:
+    watched, live = watch(partitions=2), RunView()
+    trace = TraceFile(str(tmp_path / "trace.json"))
+    running = begin_watch(watched, live, RunFile(str(tmp_path)), trace)
+    worker = watched.worker(1, attempt=4)
+    with Notebook(worker.note, times=True) as notebook:
+        with notebook.timing("train"):
+            train(worker, watched.layout, 20)
+        notebook.write(Line(logging.WARNING, "a", "slow"))
+    with running.timed("save"):
+        running.epoch_ended(1, {"loss": np.float64(0.5), "nan": math.nan, "name": "x"})
+    running.checkpoint_written(20, "file:///checkpoints/20", 1000, 0.25)
+    watched.worker(0, attempt=5).close()
+    wait_until(lambda: bool(live.logs) and watched.server.status().num_lost == 1)
+    running.end(None)
+    running.end(ValueError("too late"))
+    replayed = RunView(read_run(str(tmp_path)))
+    assert live.began == replayed.began == BEGAN
+    assert live.ended == replayed.ended
+    assert live.ended is not None
+    assert (live.ended.outcome, live.ended.num_steps, live.ended.num_samples) == ("finished", 40, 200)
+    assert (live.sample, live.workers, live.epochs) == (replayed.sample, replayed.workers, replayed.epochs)
+    assert live.epochs[0].logs == {"loss": 0.5, "nan": None}
+    for name in ("points", "paces", "spans", "events", "logs", "checkpoints"):
+        assert list(getattr(live, name)) == list(getattr(replayed, name)), name
+    assert [line.message for line in live.logs] == ["slow"]
+    assert {(event.what, event.attempt) for event in live.events} >= {("granted", 4), ("granted", 5), ("lost", 5)}
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {"train", "save", "compute"} <= {event["name"] for event in events if event["ph"] == "X"}
+
+
+def test_the_end_of_a_failed_run_has_the_first_line_of_why(watch: Watch) -> None:
+    view = RunView()
+    begin_watch(watch(), view).end(ValueError("no rows\nand a long story"))
+    assert view.ended is not None
+    assert (view.ended.outcome, view.ended.message) == ("failed", "ValueError: no rows")
+    stopped = RunView()
+    begin_watch(watch(), stopped).end(None, was_stopped=True)
+    assert stopped.ended is not None
+    assert (stopped.ended.outcome, stopped.ended.message) == ("stopped", "")
+
+
+def test_a_file_that_takes_no_more_is_said_once_and_ends_nothing_else(
+    watch: Watch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    watched, view = watch(), RunView()
+    full = tmp_path / "full" / "run-0000.jsonl"
+    running = begin_watch(watched, view, RunFile(str(tmp_path / "good")), RunFile(str(full.parent)))
+    full.unlink()
+    os.symlink("/dev/full", full)
+    train(watched.worker(), watched.layout, 3)
+    running.end(None)
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(said) == 1
+    assert said[0].startswith("RunFile writes no more of this run, which goes on: spark.tensorspark.log.dir: could not")
+    assert view.ended is not None
+    assert list(read_run(str(tmp_path / "good")))[-1] == view.ended
+
+
+def test_a_server_that_is_gone_ends_a_watch_without_a_word(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
+    watched, view = watch(), RunView()
+    running = begin_watch(watched, view)
+    train(watched.worker(), watched.layout, 3)
+    watched.server.close()
+    running.end(None)
+    assert view.ended is not None
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_weights_are_looked_at_now_and_then_and_their_change_is_since_the_last_look(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched, worker = watch(WIDE), None
+    looks = WeightWatch(watched.server, lambda: True)
+    first = looks.stats(1.5, 7)
+    assert first is not None
+    (tensor,) = first.tensors
+    assert (first.seconds, first.version, first.num_steps) == (1.5, 0, 7)
+    assert (tensor.name, tensor.norm, tensor.update_norm) == ("W:0", pytest.approx(2 * math.sqrt(100_000)), None)
+    worker = watched.worker()
+    train(worker, WIDE, 3)
+    assert looks.stats(2.0, 9) is None  # it is too early
+    monkeypatch.setattr(weight_watching, "_INTERVAL_S", 0.0)
+    monkeypatch.setattr(weight_watching, "_SHARE", math.inf)
+    looks = WeightWatch(watched.server, lambda: True)
+    assert looks.stats(2.0, 9) is not None
+    assert looks.stats(2.5, 9) is None  # nothing has changed
+    worker.push(filled(WIDE, 0.5), push_of(4, 3))
+    worker.flush()
+    second = looks.stats(3.0, 12)
+    assert second is not None
+    (tensor,) = second.tensors
+    assert second.version == 4
+    assert tensor.norm == pytest.approx(5.5 * math.sqrt(100_000))
+    assert tensor.update_norm == pytest.approx(0.5 * math.sqrt(100_000))
+    looks.forget()
+    worker.push(filled(WIDE, 0.5), push_of(5, 4))
+    worker.flush()
+    third = looks.stats(4.0, 14)
+    assert third is not None
+    assert third.tensors[0].update_norm is None
+
+
+def test_weights_that_nobody_wants_to_see_are_not_looked_at(watch: Watch) -> None:
+    assert WeightWatch(watch().server, lambda: False).stats(1.0, 1) is None
+
+
+def test_weights_that_are_gone_end_no_watch(watch: Watch) -> None:
+    """The run is forgotten, or the server is closed, between two looks."""
+    watched = watch()
+    watched.server.retire()
+    assert WeightWatch(watched.server, lambda: True).stats(1.0, 1) is None
+    watched.server.close()
+    assert WeightWatch(watched.server, lambda: True).stats(1.0, 1) is None

@@ -17,6 +17,14 @@ export function adopt(document) {
       plot.toolbar.active_drag = plot.toolbar.tools.find((tool) => tool.type === "BoxZoomTool");
     }
   }
+  for (const element of window.document.querySelectorAll(".plot")) {
+    // A picture with a name and, below it, in words: the keyboard has nothing to do within.
+    const name = element.id.replace("plot-", "");
+    element.setAttribute("role", "img");
+    element.setAttribute("aria-labelledby", `${name}-title`);
+    element.setAttribute("aria-describedby", `${name}-summary`);
+    for (const inner of element.querySelectorAll("*")) inner.tabIndex = -1;
+  }
   for (const name of ["throughput", "parallelism", "bytes", "timeline"]) timeAxis(name);
   figure("shares").below[0].formatter.doFormat = (ticks) => ticks.map((tick) => `${Math.round(tick * 100)}%`);
   figure("staleness").left[0].formatter.doFormat = (ticks) => ticks.map((tick) => `${Math.round(tick * 100)}%`);

@@ -237,7 +237,7 @@ function drawPaces() {
   const most = rates.reduce((a, b) => Math.max(a, b), 0);
   const mean = state.seconds > 0 ? (state.num_samples ?? 0) / state.seconds : null;
   summarize("throughput", x.length
-    ? `${state.outcome === "running" ? `Now ${si(state.samples_per_s)}, on` : "On"} average ${si(mean)}, at most ${si(most)} samples/s` : "");
+    ? `${state.outcome === "running" ? `Now ${si(state.samples_per_s)}, on` : "On"} average ${si(mean)}, at most ${si(most)}` : "");
   summarize("parallelism", x.length ? `Now ${count(state.num_live)} live, ${count(state.num_waiting)} of them waiting` : "");
   summarize("bytes", x.length
     ? `In all ${bytes(state.num_bytes_pulled)} pulled and ${bytes(state.num_bytes_pushed)} pushed` : "");

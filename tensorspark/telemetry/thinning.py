@@ -1,0 +1,78 @@
+"""Fewer samples and spans, the longer a run's file has grown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tensorspark.telemetry.records import Record, RunEnded, Sample, Span, Spans, WorkerSample
+
+_SECONDS_A_STEP = 2.0
+_MAX_SINGLE = 8  # spans of a partition in one record
+
+
+class Thinning:
+    """Passes records on. Once the file is longer than `full_bytes`, samples and spans come only every two seconds, and
+    at twice the length every four: so the file grows as the root of the time, about, and stays readable.
+
+    Nothing is lost that adds up: a sample has all workers that have changed since the one before, and spans that are
+    too many are added up by activity, as the server does it.
+
+    Args:
+        full_bytes: up to which length everything is written as it comes.
+    """
+
+    def __init__(self, full_bytes: int = 2**24) -> None:
+        self._full_bytes = full_bytes
+        self._sample: Sample | None = None  # that has not been passed on
+        self._workers: dict[int, WorkerSample] = {}
+        self._spans: list[Span] = []
+        self._passed_at = 0.0
+
+    def passed(self, record: Record, num_bytes: int) -> Iterator[Record]:
+        """What is to be written now that `record` has come.
+
+        Args:
+            num_bytes: the file's length.
+        """
+        interval_s = _SECONDS_A_STEP * (num_bytes // self._full_bytes)
+        if not interval_s:
+            self._passed_at = record.seconds
+            yield record
+            return
+        if isinstance(record, Sample):
+            self._sample = record
+            self._workers.update({worker.partition: worker for worker in record.workers})
+        elif isinstance(record, Spans):
+            self._spans += record.spans
+        else:
+            if isinstance(record, RunEnded):
+                yield from self._pass()
+            yield record
+            return
+        if record.seconds - self._passed_at >= interval_s:
+            self._passed_at = record.seconds
+            yield from self._pass()
+
+    def _pass(self) -> Iterator[Record]:
+        sample, workers, spans = self._sample, self._workers, self._spans
+        self._sample, self._workers, self._spans = None, {}, []
+        if sample is not None:
+            yield replace(sample, workers=tuple(workers[partition] for partition in sorted(workers)))
+        if spans:
+            yield Spans(self._passed_at, tuple(_thinned(spans)))
+
+
+def _thinned(spans: list[Span]) -> Iterator[Span]:
+    by_partition: dict[int, list[Span]] = {}
+    for span in spans:
+        by_partition.setdefault(span.partition, []).append(span)
+    for partition, of_one in by_partition.items():
+        yield from of_one[:_MAX_SINGLE]
+        sums: dict[str, float] = {}
+        for span in of_one[_MAX_SINGLE:]:
+            sums[span.activity] = sums.get(span.activity, 0.0) + span.duration_s
+        began = min((span.seconds for span in of_one[_MAX_SINGLE:]), default=0.0)
+        for activity, duration_s in sums.items():  # one behind the other, as `Collector` has them
+            yield Span(began, partition, activity, duration_s, is_sum=True)
+            began += duration_s
