@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,5 +30,5 @@ def browser(chromium_window: Browser) -> Iterator[Browser]:
 
 @pytest.fixture
 def screenshots(tmp_path: Path) -> Path:
-    """Where screenshots go: a directory for the documentation, if one is named."""
-    return Path(os.environ.get("TENSORSPARK_SCREENSHOTS") or tmp_path)
+    """Where screenshots go; those of the documentation are of a real training: see `test_training`."""
+    return tmp_path

@@ -292,7 +292,7 @@ def test_two_pages_are_told_the_same(browser: Browser, live: Served) -> None:
 
 
 def test_screenshots(browser: Browser, screenshots: Path) -> None:
-    """What the documentation shows; `TENSORSPARK_SCREENSHOTS` says where to keep them."""
+    """What the documentation's look like, of a made-up run: none is empty or heavy."""
     run, view = SyntheticRun(lost_at=150, back_at=161), RunView()
     with Served(view) as served, Feeder(view, run.rounds(), until_s=164):
         browser.resize(1280, 1460)

@@ -111,7 +111,7 @@ function drawSpans() {
   const start = Math.max(now - windowS, 0);
   const since = now - windowS;
   const row = rowOf();
-  shown = store.spans.filter((span) => span.end > since && row.has(span.partition));
+  shown = legible(store.spans.filter((span) => span.end > since && row.has(span.partition)));
   const columns = ACTIVITIES.map(() => ({ left: [], right: [], row: [], height: [], index: [] }));
   shown.forEach((span, index) => {
     const data = columns[span.activity];
@@ -128,6 +128,29 @@ function drawSpans() {
   figure("timeline").x_range.setv({ start, end: start + windowS });
   sayEmpty("timeline", store.rows.length ? "" : "No worker has come yet");
   sayEmpty("shares", store.rows.length ? "" : "No worker has come yet");
+}
+
+/** Those that are too brief to be told apart are added up, some pixels of them together, so that colours keep their share. */
+function legible(spans) {
+  const briefest = windowS / 250;
+  const bin = windowS / 60;
+  const sums = new Map();
+  const shown = spans.filter((span) => {
+    if (span.isSum || span.end - span.start >= briefest) return true;
+    const key = `${span.partition} ${Math.floor(span.start / bin)}`;
+    const sum = sums.get(key) ?? { partition: span.partition, start: span.start, seconds: ACTIVITIES.map(() => 0) };
+    sum.seconds[span.activity] += span.end - span.start;
+    sums.set(key, sum);
+    return false;
+  });
+  for (const { partition, start, seconds } of sums.values()) {
+    let at = start;
+    seconds.forEach((duration, activity) => {
+      if (duration) shown.push({ partition, activity, start: at, end: at + duration, isSum: true, waitedFor: -1 });
+      at += duration;
+    });
+  }
+  return shown;
 }
 
 /** A line from those who waited to the one that they waited for, at the moment when it came. */
