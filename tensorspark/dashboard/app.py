@@ -66,6 +66,11 @@ class Dashboard:
         self.opening_cost_s = 0.0
         self._is_opening = False
 
+    @property
+    def num_pages(self) -> int:
+        """How many pages are open, and take frames."""
+        return sum(page.is_connected for page in tuple(self._pages))
+
     async def start(self) -> None:
         """Makes `application`, on the running loop; what takes long (Bokeh's import) runs in a thread meanwhile.
 
@@ -88,7 +93,10 @@ class Dashboard:
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
         self._task = None
-        self._tick()
+        try:
+            self._tick()
+        except Exception:
+            logger.exception("open pages were not told how the run ended")
         if self._telling:
             _, late = await asyncio.wait(self._telling, timeout=_GOODBYE_S)
             for task in late:
@@ -128,8 +136,9 @@ class Dashboard:
         if not pages:
             return
         began = time.thread_time()
-        self._is_opening = any(page.wants_all for page in pages)
-        news, everything = self._compute(self._is_opening)
+        wanting = [page for page in pages if page.wants_all and not page.is_told]
+        self._is_opening = any(page.is_new for page in wanting)
+        news, everything = self._compute(bool(wanting))
         for page in pages:
             if (text := page.lacks(news, everything)) is not None:
                 task = asyncio.get_running_loop().create_task(self._told(page, text))
@@ -174,13 +183,16 @@ class _Page:
     Attributes:
         is_ready: whether it has asked for frames.
         wants_all: whether it needs a full frame.
+        is_new: whether it has had none.
+        is_told: whether a frame is on its way to it: it can take no other.
     """
 
     def __init__(self, document: Any, carrier: Any) -> None:
         self._document = document
         self._carrier = carrier
         self._num_frames = 0
-        self._is_told = False
+        self.is_told = False
+        self.is_new = True
         self.is_ready = False
         self.wants_all = False
 
@@ -192,12 +204,13 @@ class _Page:
 
     def lacks(self, news: str | None, everything: str) -> str | None:
         """What to send it; nothing while a frame is still on its way: it reads slowly, and gets a full one then."""
-        if self._is_told:
+        if self.is_told:
             self.wants_all = True
             return None
         text = everything if self.wants_all else news
+        self.is_new = self.is_new and not self.wants_all
         self.wants_all = False
-        self._is_told = text is not None
+        self.is_told = text is not None
         return text
 
     async def tell(self, text: str) -> None:
@@ -206,7 +219,7 @@ class _Page:
         try:
             await self._document.session_context.with_locked_document(self._put(f"{self._num_frames} {text}"))
         finally:
-            self._is_told = False
+            self.is_told = False
 
     def _put(self, text: str) -> Callable[[Any], Coroutine[Any, Any, None]]:
         async def put(document: Any) -> None:

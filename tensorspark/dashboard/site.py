@@ -33,8 +33,6 @@ class Site:
         self._has_dashboard = has_dashboard
         self._dashboard: Dashboard | None = None
         self._starting = asyncio.Lock()
-        self.is_watched = False
-        """Whether anybody has opened the dashboard."""
 
     def __repr__(self) -> str:
         return f"Site(has_dashboard={self._has_dashboard})"
@@ -45,6 +43,12 @@ class Site:
             return None
         scheme, name = ("https" if is_encrypted else "http"), (f"[{host}]" if ":" in host else host)
         return f"{scheme}://{name}:{port}{access.PATH}?token={quote(self._token)}"
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether anybody has the dashboard open. On any thread."""
+        dashboard = self._dashboard
+        return dashboard is not None and dashboard.num_pages > 0
 
     def takes(self, path: str) -> bool:
         """Whether a request's path, without its query, is one of the dashboard's."""
@@ -84,7 +88,6 @@ class Site:
                 dashboard = Dashboard(self._view)
                 await dashboard.start()
                 self._dashboard = dashboard
-                self.is_watched = True
         return self._dashboard.application
 
     async def stop(self) -> None:

@@ -44,7 +44,7 @@ def run_began(
     """The first record of a run.
 
     Args:
-        run: its number on its server.
+        run: its number in its session.
         resume: what it goes on from.
     """
     seconds = resume.seconds if resume else 0.0

@@ -191,9 +191,11 @@ class Engine:
                     self._retire_server()
                 return history
             except BaseException as error:
-                self._end_watch(error)
-                self._retire_server()
                 plan.combiner.reset_value()  # what it has seen is in no weights
+                try:
+                    self._end_watch(error)
+                finally:
+                    self._retire_server()
                 if isinstance(error, Exception) and not self.close.alive:
                     raise SessionClosedError("this SparkSession was closed while it trained") from error
                 raise
@@ -242,10 +244,10 @@ class Engine:
         weights = layout.allocate()
         was_stopped = epochs is not None and epochs.wants_stop
         require_trained(workers, server.read_weights(weights), was_stopped=was_stopped)
+        model.assign(layout, weights)
         watch.end(None, was_stopped=was_stopped)
         if isinstance(server, ShardedServer):
             server.end_run()
-        model.assign(layout, weights)
         self.restored = None
         return History(
             name=self.name,
@@ -278,9 +280,10 @@ class Engine:
             epochs=_epoch_plan(plan, spec.num_totals),
             compression=self._compression,
             keeps_spans=self.watchers.keeps_spans,
+            traces=self.watchers.traces,
         )
         began_at = time.monotonic() - (resume.seconds if resume else 0.0)
-        began = run_began(self.spark_context, self.name, config, plan, spec.layout, run, resume, label)
+        began = run_began(self.spark_context, self.name, config, plan, spec.layout, self._num_jobs, resume, label)
         self.watch = watch = self.watchers.watch(server, began, began_at=began_at, graph=captured.graph)
         address = address_of(server, config)
         shards = server.places if isinstance(server, ShardedServer) else ()

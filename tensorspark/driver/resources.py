@@ -125,8 +125,14 @@ class Resources:
 
     def retire_server(self) -> None:
         """Frees what the server holds of its run; it goes on to show its pages, until the next run or the end."""
-        if self.server is not None:
-            self.server.retire()
+        server = self.server
+        if server is None:
+            return
+        try:
+            server.retire()
+        except Exception as error:  # it is closed already, or too busy: what is over does not fail of it
+            logger.debug("the server was not retired: %s", error)
+            self.stop_server()
 
     def stop_server(self) -> None:
         server, self.server = self.server, None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import numbers
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -23,6 +25,7 @@ from tensorspark.telemetry.files import RunFile, directory_name
 from tensorspark.telemetry.records import (
     CheckpointWritten,
     EpochEnded,
+    Observation,
     Record,
     RunBegan,
     RunEnded,
@@ -44,7 +47,7 @@ class Sink(Protocol):
 
     def record(self, record: Record) -> None: ...
 
-    def flush(self) -> None: ...
+    def flush(self, *, at_once: bool = False) -> None: ...
 
     def close(self) -> None: ...
 
@@ -145,6 +148,8 @@ _HOW_TO_INSTALL = "it needs Bokeh, pip install 'tensorspark[dashboard]'"
 class RunWatch:
     """Asks the server twice a second what has happened, and tells all who watch; on a thread of its own.
 
+    The driver's thread only leaves notes for it: whatever a filesystem or a page is at, the training does not wait.
+
     Attributes:
         log_dir: the run's own directory, with its record and TensorBoard's files; None: there is none.
         trace: the file that the trace goes to, with its URL.
@@ -170,97 +175,135 @@ class RunWatch:
         self._began_at = began_at
         self._interval_s = _LONG_INTERVAL_S if began.num_partitions > _MANY_PARTITIONS else _INTERVAL_S
         self._weights = WeightWatch(server, wants_weights)
-        self._telling = threading.Lock()
-        self._observing = threading.Lock()
+        self._noted: deque[Record | Span] = deque()  # by the driver's thread
         self._ending = threading.Event()
+        self._outcome, self._message = "finished", ""
         self._num_steps = self._num_samples = 0
-        self._tell(began)
+        view.apply(began)
         for sink in self._sinks:  # here, where what is wrong with it may still be said
-            sink.flush()
+            sink.record(began)
+            sink.flush(at_once=True)
         self._thread = threading.Thread(target=self._run, name="tensorspark-watch", daemon=True)
         self._thread.start()
 
+    # The driver's thread
+
     def timed(self, name: str) -> AbstractContextManager[None]:
         """Times what the driver does, for the trace."""
-        return contextlib.nullcontext() if self.trace is None else self._timed(name, self.trace)
+        return contextlib.nullcontext() if self.trace is None else self._timed(name)
 
     def epoch_ended(self, epoch: int, logs: Mapping[str, Any]) -> None:
-        """An epoch of `fit` has ended, with these metrics."""
-        self._observe()  # nobody trains now: what is told next is of all its steps
+        """An epoch of `fit` has ended, with these metrics; all workers rest."""
         metrics = {name: _number(float(value)) for name, value in logs.items() if isinstance(value, numbers.Real)}
-        self._tell(EpochEnded(self._now(), epoch, self._num_steps, metrics))
+        try:
+            num_steps = self._server.status().num_steps
+        except Exception as error:  # who trains finds out
+            logger.debug("no steps are known of epoch %d: %s", epoch, error)
+            return
+        self._noted.append(EpochEnded(self._now(), epoch, num_steps, metrics))
 
     def checkpoint_written(self, version: int, url: str, num_bytes: int, duration_s: float) -> None:
-        """A checkpoint is where it belongs."""
-        self._tell(CheckpointWritten(self._now(), version, url, num_bytes, duration_s))
+        """A checkpoint is where it belongs. On any thread."""
+        self._noted.append(CheckpointWritten(self._now(), version, url, num_bytes, duration_s))
 
     def end(self, error: BaseException | None, *, was_stopped: bool = False) -> None:
-        """The run is over; its server still knows it. Idempotent."""
+        """The run is over; its server still knows it. Idempotent.
+
+        Waits until all is told, and written, for at most half a minute; then the rest is left to itself.
+        """
         if self._ending.is_set():
             return
+        if error is not None:
+            first_line = str(error).partition("\n")[0]
+            self._outcome, self._message = "failed", f"{type(error).__name__}: {first_line}"
+        elif was_stopped:
+            self._outcome = "stopped"
         self._ending.set()
         self._thread.join(_END_S)
-        self._observe()
-        self._weights.forget()
-        outcome = "failed" if error is not None else "stopped" if was_stopped else "finished"
-        first_line = str(error).partition("\n")[0] if error is not None else ""
-        message = f"{type(error).__name__}: {first_line}" if error is not None else ""
-        self._tell(RunEnded(self._now(), outcome, message, self._num_steps, self._num_samples))
-        for sink in list(self._sinks):
-            self._guarded(sink, sink.close)
+        if self._thread.is_alive():
+            logger.warning("what this run has told is not all written after %g s: the rest is left to itself", _END_S)
 
     def _now(self) -> float:
         return time.monotonic() - self._began_at
 
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = self._now()
+        try:
+            yield
+        finally:
+            self._noted.append(Span(began, DRIVER, name, self._now() - began))
+
+    # The thread that watches
+
     def _run(self) -> None:
-        while not self._ending.wait(self._interval_s):
-            self._observe()
-            self._tell(self._weights.stats(self._now(), self._num_steps))
-            for sink in list(self._sinks):
-                self._guarded(sink, sink.flush)
-
-    def _observe(self) -> None:
-        with self._observing:  # so that what was observed first is told first
-            try:
-                observation = self._server.observe()
-            except Exception as error:  # the server is closed, or too busy to answer: who trains finds out
-                logger.debug("nothing was observed: %s", error)
-                return
-            sample = observation.sample
-            self._num_steps, self._num_samples = sample.num_steps, sample.num_samples
-            spans = [Spans(sample.seconds, observation.spans)] if observation.spans else []
-            self._tell(*observation.points, sample, *spans, *observation.events, *observation.logs)
-            if self.trace is not None:
-                self.trace.add(observation.traced)
-
-    def _tell(self, *records: Record | None) -> None:
-        with self._telling:
-            for record in records:
-                if record is None:
-                    continue
-                self._view.apply(record)
+        try:
+            while not self._ending.wait(self._interval_s):
+                self._turn()
+                stats = self._weights.stats(self._now(), self._num_steps)
+                if stats is not None:
+                    self._tell(stats)
                 for sink in list(self._sinks):
-                    self._guarded(sink, lambda sink=sink, record=record: sink.record(record))  # type: ignore[misc]
+                    self._guarded(sink, sink.flush)
+        except Exception:
+            logger.exception("the run goes on, but is not watched any more")
+        finally:
+            self._conclude()
+
+    def _conclude(self) -> None:
+        """Tells the end, also where the thread came to one before: who is open is closed."""
+        self._ending.wait()
+        self._weights.forget()
+        try:
+            self._turn()
+            self._tell(RunEnded(self._now(), self._outcome, self._message, self._num_steps, self._num_samples))
+        except Exception:
+            logger.exception("the end of the run could not be told")
+        for sink in list(self._sinks):
+            self._guarded(sink, sink.close)
+
+    def _turn(self) -> None:
+        """Tells what the server has gathered, then what the driver has noted."""
+        try:
+            observation = self._server.observe()
+        except Exception as error:  # the server is closed, or too busy to answer: who trains finds out
+            logger.debug("nothing was observed: %s", error)
+        else:
+            self._tell_observed(observation)
+        while self._noted:
+            noted = self._noted.popleft()
+            if not isinstance(noted, Span):
+                self._tell(noted)
+            elif self.trace is not None:
+                self.trace.add((noted,))
+
+    def _tell_observed(self, observation: Observation) -> None:
+        sample = observation.sample
+        self._num_steps, self._num_samples = sample.num_steps, sample.num_samples
+        spans = [Spans(sample.seconds, observation.spans)] if observation.spans else []
+        records: tuple[Record, ...] = (*observation.points, sample, *spans, *observation.events, *observation.logs)
+        for record in records:
+            self._tell(record)
+        if self.trace is not None:
+            self.trace.add(observation.traced)
+        for line in observation.logs:
+            logger.log(line.level, "partition %d on %s: %s: %s", line.partition, line.host, line.logger, line.message)
+
+    def _tell(self, record: Record) -> None:
+        self._view.apply(record)
+        for sink in list(self._sinks):
+            self._guarded(sink, functools.partial(sink.record, record))
 
     def _guarded(self, sink: Sink, action: Callable[[], None]) -> None:
         """A sink that fails is told nothing more; the run goes on."""
         try:
             action()
         except Exception as error:
-            if sink in self._sinks:
-                self._sinks.remove(sink)
+            self._sinks.remove(sink)
             unexpected = None if isinstance(error, TensorsparkError) else error
             logger.warning(
                 "%s writes no more of this run, which goes on: %s", type(sink).__name__, error, exc_info=unexpected
             )
-
-    @contextlib.contextmanager
-    def _timed(self, name: str, trace: TraceFile) -> Iterator[None]:
-        began = self._now()
-        try:
-            yield
-        finally:
-            trace.add((Span(began, DRIVER, name, self._now() - began),))
 
 
 def _number(value: float) -> float | None:

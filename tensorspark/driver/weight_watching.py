@@ -17,13 +17,15 @@ logger = logging.getLogger(__name__)
 _INTERVAL_S = 5.0
 _SHARE = 0.01  # of the time of one core
 _MAX_BYTES = 2**31
+_LOOKS_AN_AGE = 200
 
 
 class WeightWatch:
     """Norms and histograms of the weights, and of their change since the last look.
 
-    A look is taken every five seconds, and less often where it would take more than a hundredth of the time. It keeps
-    two copies of the weights while somebody wants to know, so that none is taken of more than 2 GiB.
+    A look is taken every five seconds, less often where it would take more than a hundredth of the time, and the longer
+    a run goes on: after ten hours every three minutes. It keeps two copies of the weights while somebody wants to know,
+    so that none is taken of more than 2 GiB.
 
     Args:
         wants: whether somebody does.
@@ -47,12 +49,15 @@ class WeightWatch:
             seconds: since the run began.
             num_steps: of all workers so far.
         """
-        if self._is_too_large or time.monotonic() < self._next_at or not self._wants():
+        if self._is_too_large or time.monotonic() < self._next_at:
+            return None
+        if not self._wants():
+            self.forget()
             return None
         began = time.monotonic()
         stats = self._look(seconds, num_steps)
         took_s = time.monotonic() - began
-        self._next_at = time.monotonic() + max(_INTERVAL_S, took_s / _SHARE)
+        self._next_at = time.monotonic() + max(_INTERVAL_S, took_s / _SHARE, seconds / _LOOKS_AN_AGE)
         return stats
 
     def forget(self) -> None:

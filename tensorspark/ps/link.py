@@ -12,7 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tensorspark.errors import AuthenticationError, ConnectionLostError, ProtocolError, ServerUnreachableError
+from tensorspark.errors import (
+    AuthenticationError,
+    ConnectionLostError,
+    ProtocolError,
+    RunStoppedError,
+    ServerUnreachableError,
+)
 from tensorspark.ps import protocol
 from tensorspark.ps.protocol import Kind
 from tensorspark.weights.layout import Buffer
@@ -163,6 +169,8 @@ class Link:
             raise ProtocolError(f"expected a tensorspark server at {self._address}, got {status_line[:80]!r}")
         if parts[1] == "401":
             raise AuthenticationError(f"the server at {self._address} does not know this run's token: another run's?")
+        if parts[1] == "503":
+            raise RunStoppedError(f"the run that {self._address} served has ended")
         if parts[1] != "101":
             raise ProtocolError(f"expected {self._address} to upgrade to {protocol.UPGRADE}, got {status_line[:80]!r}")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from tensorspark.ps import headers
 from tensorspark.ps.connection import Frame
 from tensorspark.ps.messages import Accept, Decision, Fold, Grant, OrderKind, Registration, SendSnapshot
@@ -12,8 +10,6 @@ from tensorspark.ps.state import RunState
 from tensorspark.telemetry.collector import Collector, Timeline
 from tensorspark.telemetry.records import Activity, Observation, Sample
 
-logger = logging.getLogger(__name__)
-
 
 class Observer:
     """Follows every connection's worker, from the frames that come and go. The server's loop owns it.
@@ -21,13 +17,23 @@ class Observer:
     Args:
         began_at: when the run began, on the monotonic clock.
         model_bytes: of the weights, raw.
-        keeps_spans: whether anybody will ask for them.
+        keeps_spans, traces: see `Collector`.
     """
 
     def __init__(
-        self, state: RunState, began_at: float, num_partitions: int, model_bytes: int, *, keeps_spans: bool
+        self,
+        state: RunState,
+        began_at: float,
+        num_partitions: int,
+        model_bytes: int,
+        *,
+        keeps_spans: bool,
+        traces: bool = False,
     ) -> None:
-        self.collector = Collector(began_at, num_partitions, keeps_spans=keeps_spans)
+        self.collector = Collector(began_at, num_partitions, keeps_spans=keeps_spans, traces=traces)
+        for report in state.overview.reports():  # of a restored run: what it saved before is not known
+            self.collector.num_raw_bytes_pushed += report.num_bytes_pushed
+            self.collector.num_raw_bytes_pulled += report.num_bytes_pulled
         self._state = state
         self._model_bytes = model_bytes
         self._timelines: dict[int, Timeline] = {}
@@ -104,8 +110,7 @@ class Observer:
         timeline.clock.arrived(note.sent_at, frame.began_at)
         if note.clock_bound is not None:
             timeline.clock.departed(note.clock_bound)
-        for line in self.collector.noted(now, timeline.partition, timeline.host, note, timeline.clock):
-            logger.log(line.level, "partition %d on %s: %s: %s", line.partition, line.host, line.logger, line.message)
+        self.collector.noted(now, timeline.partition, timeline.host, note, timeline.clock)
 
     def folded(self, fold: Fold, staleness: int, now: float) -> None:
         """A push is in its round."""

@@ -64,7 +64,7 @@ class Run:
         epochs: what is done between epochs; None: nothing.
         compression: how weights travel.
         follows: see `RunState`.
-        keeps_spans: see `Collector`.
+        keeps_spans, traces: see `Collector`.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class Run:
         compression: Compression = NO_COMPRESSION,
         follows: bool = False,
         keeps_spans: bool = False,
+        traces: bool = False,
     ) -> None:
         version = resume.version if resume else 0
         self.layout = layout
@@ -113,7 +114,7 @@ class Run:
         self._connections: dict[int, Connection] = {}
         self._started_at = time.monotonic() - (resume.seconds if resume else 0.0)
         self._observer = Observer(
-            self.state, self._started_at, num_partitions, layout.num_bytes, keeps_spans=keeps_spans
+            self.state, self._started_at, num_partitions, layout.num_bytes, keeps_spans=keeps_spans, traces=traces
         )
         self._epoch_released_at = time.monotonic()
         self._epoch_end: EpochEnd | None = None

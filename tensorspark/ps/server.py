@@ -132,6 +132,7 @@ class ParameterServer:
         compression: Compression = NO_COMPRESSION,
         follows: bool = False,
         keeps_spans: bool = False,
+        traces: bool = False,
     ) -> int:
         """Starts a run and returns its number; workers of earlier runs are refused from now.
 
@@ -143,6 +144,7 @@ class ParameterServer:
             compression: how weights travel; workers must be told the same.
             follows: whether this is a shard whose workers begin and evaluate as another shard tells them.
             keeps_spans: whether `observe` is to tell when workers were at what, not only for how long.
+            traces: whether it is to tell what the server itself was at.
 
         Raises:
             CheckpointError: `resume` is of other metrics than `epochs`.
@@ -169,6 +171,7 @@ class ParameterServer:
                 compression=compression,
                 follows=follows,
                 keeps_spans=keeps_spans,
+                traces=traces,
             )
             return self._num_runs
 
@@ -336,11 +339,13 @@ class ParameterServer:
         http.add_sockets(self._sockets)
         await self._closing.wait()
         http.stop()
-        if self._site is not None:
-            await self._site.stop()
         if self._run is not None:
             self._run.close()
-        http.close_streams()
+        try:
+            if self._site is not None:
+                await self._site.stop()
+        finally:
+            http.close_streams()
 
     def _call(self, function: Callable[[], _T]) -> _T:
         """Runs `function` on the loop and returns its result."""

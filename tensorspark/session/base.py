@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from types import TracebackType
@@ -134,7 +135,11 @@ class Session:
     def status(self) -> Status | None:
         """How the run stands at this moment, for other threads to ask; None where there is none."""
         server = self._engine.server
-        return None if server is None or not server.has_run else server.status()
+        if server is None:
+            return None
+        with contextlib.suppress(RuntimeError):  # the run has ended, or the session was closed, meanwhile
+            return server.status()
+        return None
 
     def get_session(self) -> Any:
         """The TensorFlow session or model that was passed in."""

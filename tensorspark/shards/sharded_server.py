@@ -131,6 +131,7 @@ class ShardedServer:
         epochs: EpochPlan | None = None,
         compression: Compression = NO_COMPRESSION,
         keeps_spans: bool = False,
+        traces: bool = False,
     ) -> int:
         """As `ParameterServer.begin_run`; `places` then says where the shards are.
 
@@ -167,6 +168,7 @@ class ShardedServer:
             epochs=epochs,
             compression=compression,
             keeps_spans=keeps_spans,
+            traces=traces,
         )
         self._cuts = Cuts(self.layout, self.shards, combiner, self._primary, fleet, is_bulk=sync.is_bulk)
         endpoints: list[Endpoint] = [self._primary]
@@ -264,6 +266,8 @@ class ShardedServer:
     def retire(self) -> None:
         """As `ParameterServer.retire`; the other shards end."""
         self._end_fleet()
+        self._combiner = self._own_combiner = None
+        self.places = ()
         self._primary.retire()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ _MAX_POINTS = 2000
 _MAX_SPANS = 4000  # between two observations, of all partitions together
 _MIN_SPANS, _MAX_SPANS_A_PARTITION = 4, 60
 _MAX_EVENTS = 2000
+_MAX_LOGS = 500
+_MAX_WITH_SPANS = 2000  # of more partitions there is nothing to see, and much to do
 _MAX_TRACED = 100_000
 _MAX_UNSETTLED = 10_000
 _FEW = 32  # of which a loop is quicker than numpy
@@ -35,6 +38,7 @@ class Collector:
     Args:
         began_at: when the run began, on the monotonic clock whose times all methods are given.
         keeps_spans: whether anybody will ask for spans; what workers have spent is added up in any case.
+        traces: whether anybody wants to know what the server itself is at.
 
     Attributes:
         staleness: pushes by the number of versions that were published since they were pulled, `MAX_STALENESS` and more
@@ -43,9 +47,12 @@ class Collector:
         dirty: partitions of which something has changed since `take_dirty`.
     """
 
-    def __init__(self, began_at: float, num_partitions: int, *, keeps_spans: bool = False) -> None:
+    def __init__(
+        self, began_at: float, num_partitions: int, *, keeps_spans: bool = False, traces: bool = False
+    ) -> None:
         self.began_at = began_at
-        self.keeps_spans = keeps_spans
+        self.keeps_spans = keeps_spans and num_partitions <= _MAX_WITH_SPANS
+        self._traces = traces
         self.staleness = [0] * (MAX_STALENESS + 1)
         self._total_staleness = 0
         self.num_raw_bytes_pushed = 0
@@ -56,6 +63,7 @@ class Collector:
         self._points: list[_PointInTheMaking] = []
         self._events: list[WorkerEvent] = []
         self._logs: list[LogLine] = []
+        self._num_dropped_logs = 0
         self._traced: list[Span] = []
 
     @property
@@ -134,24 +142,24 @@ class Collector:
 
     # What they say
 
-    def noted(self, now: float, partition: int, host: str, note: Note, clock: ClockBounds) -> tuple[LogLine, ...]:
-        """A worker's log lines and timings have come; returns the lines."""
-        seconds = now - self.began_at
-        lines = tuple(
-            LogLine(seconds, partition, host, line.level, line.logger, line.message) for line in note.lines
-        )  # their own clock says little about when they matter here
-        self._logs.extend(lines[: max(0, _MAX_EVENTS - len(self._logs))])
+    def noted(self, now: float, partition: int, host: str, note: Note, clock: ClockBounds) -> None:
+        """A worker's log lines and timings have come."""
+        seconds = now - self.began_at  # the worker's own clock says little about when lines matter here
+        for line in note.lines:
+            if len(self._logs) < _MAX_LOGS:
+                self._logs.append(LogLine(seconds, partition, host, line.level, line.logger, line.message))
+            else:
+                self._num_dropped_logs += 1
         offset = clock.offset
         if len(self._traced) < _MAX_TRACED:
             self._traced += [
                 Span(timing.began + offset - self.began_at, partition, timing.name, timing.duration_s)
                 for timing in note.timings
             ]
-        return lines
 
     def timed(self, name: str, began_at: float, ended_at: float) -> None:
         """The server itself was at something, for traces; as of partition -1."""
-        if self.keeps_spans and len(self._traced) < _MAX_TRACED:
+        if self._traces and len(self._traced) < _MAX_TRACED:
             self._traced.append(Span(began_at - self.began_at, -1, name, ended_at - began_at))
 
     # For who asks
@@ -175,6 +183,11 @@ class Collector:
 
     def take_logs(self) -> tuple[LogLine, ...]:
         logs, self._logs = self._logs, []
+        if self._num_dropped_logs:
+            last = logs[-1]
+            message = f"{self._num_dropped_logs} more lines of all workers were dropped"
+            logs.append(LogLine(last.seconds, last.partition, last.host, logging.WARNING, __name__, message))
+            self._num_dropped_logs = 0
         return tuple(logs)
 
     def take_traced(self) -> tuple[Span, ...]:

@@ -80,8 +80,8 @@ class RunFile:
             self._num_bytes += len(line)
             self._file.write(line)
 
-    def flush(self) -> None:
-        self._file.flush()
+    def flush(self, *, at_once: bool = False) -> None:
+        self._file.flush(at_once=at_once)
 
     def close(self) -> None:
         self._file.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -10,9 +9,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _SEND_S = 0.5  # between two notes
-_CLOSE_S = 2.0
+_CLOSE_S = 2.0  # a link that stands takes its frames in far less
 _MAX_LINES, _MAX_TIMINGS = 200, 20_000  # that wait to be sent
 _MAX_NOTE_LINES, _MAX_NOTE_TIMINGS = 12, 800  # one or the other, so that a note fits into a frame's header
 _MAX_MESSAGE, _MAX_NAME = 900, 100  # characters, of up to four bytes
@@ -62,7 +64,8 @@ Send = Callable[[tuple[Line, ...], tuple[Timing, ...]], bool]
 class Notebook:
     """Gathers a worker's lines and timings, and sends them now and then on a thread of its own. Any thread may write.
 
-    What cannot be sent waits; where too much waits, the newest is dropped, and counted.
+    What cannot be sent waits; where too much waits, the newest is dropped, and counted. To be entered: that starts the
+    thread; at the end it sends what is left, if it can at once.
 
     Args:
         send: called on one thread at a time.
@@ -72,30 +75,27 @@ class Notebook:
     def __init__(self, send: Send, *, times: bool = False) -> None:
         self._send = send
         self._times = times
+        # No lock: a line may be written by a finalizer, which may run on any thread at any point.
         self._lines: deque[Line] = deque()
         self._timings: deque[Timing] = deque()
-        self._num_dropped = 0
-        self._lock = threading.Lock()
-        self._wake = threading.Event()
+        self._dropped: deque[None] = deque()
         self._closing = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._run, name="tensorspark-notes", daemon=True)
 
     def __enter__(self) -> Notebook:
+        self._thread.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.close()
+        self._closing.set()
+        self._thread.join(_CLOSE_S)
 
     def write(self, line: Line) -> None:
         """Adds a line of a log."""
-        with self._lock:
-            if len(self._lines) >= _MAX_LINES:
-                self._num_dropped += 1
-                return
-            self._lines.append(
-                Line(line.level, _sendable(line.logger, _MAX_NAME), _sendable(line.message, _MAX_MESSAGE))
-            )
-            self._start()
+        if len(self._lines) >= _MAX_LINES:
+            self._dropped.append(None)
+            return
+        self._lines.append(Line(line.level, _sendable(line.logger, _MAX_NAME), _sendable(line.message, _MAX_MESSAGE)))
 
     def timing(self, name: str) -> AbstractContextManager[None]:
         """Times what is done within, if anybody wants to know."""
@@ -107,91 +107,85 @@ class Notebook:
         try:
             yield
         finally:
-            timing = Timing(name, began, time.monotonic() - began)
-            with self._lock:
-                if len(self._timings) < _MAX_TIMINGS:
-                    self._timings.append(timing)
-                self._start()
-
-    def close(self) -> None:
-        """Sends what is left, for at most two seconds."""
-        self._closing.set()
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join(_CLOSE_S)
-
-    def _start(self) -> None:
-        self._wake.set()
-        if self._thread is None and not self._closing.is_set():
-            self._thread = threading.Thread(target=self._run, name="tensorspark-notes", daemon=True)
-            self._thread.start()
+            if len(self._timings) < _MAX_TIMINGS:
+                self._timings.append(Timing(name, began, time.monotonic() - began))
 
     def _run(self) -> None:
-        deadline: float | None = None
-        while True:
-            self._wake.wait()
-            self._wake.clear()
-            has_sent = self._send_all()
-            if self._closing.is_set():
-                deadline = deadline or time.monotonic() + _CLOSE_S
-                if has_sent or time.monotonic() > deadline:
-                    return
-                self._wake.set()
-                time.sleep(_SEND_S / 10)
-                continue
-            if not has_sent:
-                self._wake.set()
-            self._closing.wait(_SEND_S)
+        while not self._closing.wait(_SEND_S):
+            self._send_all()
+        self._send_all()
 
-    def _send_all(self) -> bool:
-        """Whether nothing is left."""
-        while True:
-            with self._lock:
-                lines = tuple(itertools.islice(self._lines, _MAX_NOTE_LINES))
-                num_dropped = 0 if lines else self._num_dropped
-                timings = () if lines or num_dropped else tuple(itertools.islice(self._timings, _MAX_NOTE_TIMINGS))
-            told = lines
-            if num_dropped:
-                told = (Line(logging.WARNING, __name__, f"{num_dropped} more lines of this worker were dropped"),)
-            if not told and not timings:
-                return True
-            if not self._send(told, timings):
-                return False
-            with self._lock:
-                # Others may have written meanwhile: what was sent is what was first.
-                self._num_dropped -= num_dropped
-                for _ in lines:
-                    self._lines.popleft()
-                for _ in timings:
-                    self._timings.popleft()
-
-
-class LogHandler(logging.Handler):
-    """Writes a process's log lines, from WARNING on, to a notebook."""
-
-    def __init__(self, notebook: Notebook) -> None:
-        super().__init__(logging.WARNING)
-        self._notebook = notebook
-
-    def emit(self, record: logging.LogRecord) -> None:
+    def _send_all(self) -> None:
+        """Sends what is there, as far as it can be sent now."""
         try:
-            message = record.getMessage()
-            if record.exc_info and record.exc_info[1] is not None:
-                message += f" ({type(record.exc_info[1]).__name__}: {record.exc_info[1]})"
-            self._notebook.write(Line(record.levelno, record.name, message))
-        except Exception:
-            self.handleError(record)
-        if logging.lastResort is not None and self._is_alone(record.name):
-            logging.lastResort.handle(record)  # as it would be without us: the executor's own log has it too
+            while self._send_some():
+                pass
+        except Exception as error:  # the worker goes on; what is written next is tried again
+            logger.debug("notes could not be sent: %s", error)
 
-    def _is_alone(self, name: str) -> bool:
-        """Whether nobody else takes what this logger says."""
-        logger: logging.Logger | None = logging.getLogger(name)
-        while logger is not None:
-            if any(handler is not self for handler in logger.handlers):
-                return False
-            logger = logger.parent if logger.propagate else None
+    def _send_some(self) -> bool:
+        """Sends a note's worth of the oldest; whether there was one, and it left."""
+        lines = tuple(self._lines[index] for index in range(min(len(self._lines), _MAX_NOTE_LINES)))
+        num_dropped = 0 if lines else len(self._dropped)
+        timings: tuple[Timing, ...] = ()
+        if num_dropped:
+            lines = (Line(logging.WARNING, __name__, f"{num_dropped} more lines of this worker were dropped"),)
+        elif not lines:
+            num_timings = min(len(self._timings), _MAX_NOTE_TIMINGS)
+            timings = tuple(self._timings[index] for index in range(num_timings))
+        if not (lines or timings) or not self._send(lines, timings):
+            return False
+        # Others may have written meanwhile: what was sent is what was first.
+        sent = self._dropped if num_dropped else self._lines if lines else self._timings
+        for _ in range(num_dropped or len(lines) or len(timings)):
+            sent.popleft()
         return True
+
+
+_RETOLD = "tensorspark.driver.watching"
+_notebooks: set[Notebook] = set()  # which take the process's lines now
+_taking = threading.Lock()
+_factory: list[Callable[..., logging.LogRecord]] = []  # the one that makes records without us, while we are at work
+
+
+@contextmanager
+def logged(notebook: Notebook) -> Iterator[None]:
+    """Has the notebook take the process's log lines, from WARNING on, meanwhile.
+
+    Lines are taken where they are made, not by a handler of the root logger's: with one, a `logging.basicConfig` of the
+    user's would do nothing, and lines that nobody handles would not get to the executor's own log.
+    """
+    with _taking:
+        if not _notebooks:
+            _factory.append(logging.getLogRecordFactory())
+            logging.setLogRecordFactory(_make_and_take)
+        _notebooks.add(notebook)
+    try:
+        yield
+    finally:
+        with _taking:
+            _notebooks.discard(notebook)
+            if not _notebooks and logging.getLogRecordFactory() is _make_and_take:
+                logging.setLogRecordFactory(_factory[-1])
+
+
+def _make_and_take(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    record = _factory[-1](*args, **kwargs)
+    # What the driver says of workers' lines is not theirs, where both are in one process.
+    if record.levelno >= logging.WARNING and record.name != _RETOLD:
+        for notebook in tuple(_notebooks):
+            notebook.write(_line_of(record))
+    return record
+
+
+def _line_of(record: logging.LogRecord) -> Line:
+    try:
+        message = record.getMessage()
+    except Exception:  # arguments that do not fit: who handles the record complains
+        message = str(record.msg)
+    if record.exc_info and record.exc_info[1] is not None:
+        message += f" ({type(record.exc_info[1]).__name__}: {record.exc_info[1]})"
+    return Line(record.levelno, record.name, message)
 
 
 def _sendable(text: str, num_characters: int) -> str:
@@ -202,15 +196,3 @@ def _sendable(text: str, num_characters: int) -> str:
 def untimed(name: str) -> AbstractContextManager[None]:
     """A `Timed` that times nothing."""
     return _UNTIMED
-
-
-@contextmanager
-def logged(notebook: Notebook) -> Iterator[None]:
-    """Has the notebook take the root logger's lines meanwhile."""
-    handler = LogHandler(notebook)
-    root = logging.getLogger()
-    root.addHandler(handler)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)

@@ -353,7 +353,8 @@ METRICS: tuple[Metric, ...] = (
            "fastest.", _of_workers(lambda worker: worker.lag)),
     Metric("tensorspark_worker_info", "info", ("partition", "host"), "Where a partition's worker runs, or ran last. "
            "Always 1.", _worker_info),
-    Metric("tensorspark_weight_norm", "gauge", ("tensor",), "Euclidean norm of a variable.", _norms("norm")),
+    Metric("tensorspark_weight_norm", "gauge", ("tensor",), "Euclidean norm of a variable, while "
+           "`log_dir` is set or a page is open.", _norms("norm")),
     Metric("tensorspark_update_norm", "gauge", ("tensor",), "Euclidean norm of a variable's change between the two "
            "newest measurements.", _norms("update_norm")),
     Metric("tensorspark_checkpoints_total", "counter", (), "Checkpoints written.", _num_checkpoints),

@@ -53,6 +53,7 @@ class RunBegan:
     """The first record of a run.
 
     Attributes:
+        run: its number in its session, from 1.
         started_at: seconds since the epoch (UNIX time).
         mode: such as ``bulk-synchronous``; see `mode_of`.
         settings: the session's, as text, without secrets.

@@ -129,8 +129,8 @@ class EventFiles:
         if self._untold_since is not None and record.seconds - self._untold_since >= _EVENTS_S:
             self._write_events(record.seconds)
 
-    def flush(self) -> None:
-        self._file.flush()
+    def flush(self, *, at_once: bool = False) -> None:
+        self._file.flush(at_once=at_once)
 
     def close(self) -> None:
         """Writes what is left, also of a run that has not ended."""

@@ -19,6 +19,7 @@ DRIVER, SERVER = -2, -1
 
 _SETTING = "spark.tensorspark.trace.dir"
 _MAX_SPANS = 1_000_000  # some 120 MB of JSON, which viewers still take
+_DRIVERS_SPANS = 1000  # of them the driver's, whose most telling one ends last
 _FIRST_PID = 10
 _ITSELF, _AS_SERVER_SEES, _STANDBY = 1, 2, 3  # threads of a worker
 
@@ -70,7 +71,7 @@ class TraceFile:
         """Spans that workers, the server or the driver have timed themselves."""
         self._add(spans, _ITSELF)
 
-    def flush(self) -> None:
+    def flush(self, *, at_once: bool = False) -> None:
         """Does nothing: there is one file, at the end."""
 
     def close(self) -> None:
@@ -82,10 +83,13 @@ class TraceFile:
             TRANSFER_DEADLINE_S,
             _SETTING,
         )
+        self._spans.clear()
+        self._marks.clear()
 
     def _add(self, spans: tuple[Span, ...], thread: int) -> None:
-        room = _MAX_SPANS - len(self._spans)
-        self._spans += [(span, thread) for span in spans[: max(0, room)]]
+        reserved = 0 if spans and spans[0].partition == DRIVER else _DRIVERS_SPANS
+        room = max(0, _MAX_SPANS - reserved - len(self._spans))
+        self._spans += [(span, thread) for span in spans[:room]]
         self._num_dropped += max(0, len(spans) - room)
 
     def _mark(self, seconds: float, pid: int, name: str) -> None:

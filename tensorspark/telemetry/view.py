@@ -86,7 +86,7 @@ class RunView:
         self.sample: Sample | None = None
         self._paced: Sample | None = None
         self.workers: dict[int, WorkerSample] = {}
-        self.points: Series[TrainingPoint] = Series(_MAX_POINTS, _merged_points)
+        self.points: Series[TrainingPoint] = Series(_MAX_POINTS, merged_points)
         self.paces: Series[Pace] = Series(_MAX_POINTS, _merged_paces)
         self.norms: Series[Norms] = Series(_MAX_POINTS // 2, lambda older, newer: newer)
         self.weights: WeightStats | None = None
@@ -183,7 +183,7 @@ def _merged_paces(older: Pace, newer: Pace) -> Pace:
     return replace(newer, duration_s=duration_s, **rates)
 
 
-def _merged_points(older: TrainingPoint, newer: TrainingPoint) -> TrainingPoint:
+def merged_points(older: TrainingPoint, newer: TrainingPoint) -> TrainingPoint:
     """Means of the two, each as it is: they stand for about as many samples."""
     scalars: dict[str, float | None] = {}
     for name in {**older.scalars, **newer.scalars}:

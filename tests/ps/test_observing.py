@@ -423,7 +423,7 @@ def test_metrics_totals_count_on_both_sides(watch: Watch) -> None:
 
 
 def test_the_servers_own_arithmetic_is_told_for_the_trace(watch: Watch) -> None:
-    watched = watch(WIDE, partitions=1)
+    watched = watch(WIDE, partitions=1, traces=True)
     worker = watched.worker()
     worker.push(filled(WIDE, 6), push_of(1))
     worker.flush()
@@ -437,22 +437,18 @@ def test_the_servers_own_arithmetic_is_told_for_the_trace(watch: Watch) -> None:
 # What they say
 
 
-def test_a_workers_warnings_reach_the_drivers_log_with_host_and_partition(
-    watch: Watch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_workers_warnings_are_told_with_host_and_partition(watch: Watch) -> None:
     watched = watch()
     worker = watched.worker(2, attempt=4)
-    with caplog.at_level(logging.WARNING, "tensorspark.ps.observing"), Notebook(worker.note) as notebook:
+    with Notebook(worker.note) as notebook:
         notebook.write(Line(logging.WARNING, "fsspec", "100% of %s is slow"))
         notebook.write(Line(logging.ERROR, "my.code", "row 3 is broken"))
         watched.until(lambda sample: len(watched.logs) == 2)
-    said = [(record.levelno, record.getMessage()) for record in caplog.records]
+    said = [(line.level, line.partition, line.host, line.logger, line.message) for line in watched.logs]
     assert said == [
-        (logging.WARNING, "partition 2 on node-4: fsspec: 100% of %s is slow"),
-        (logging.ERROR, "partition 2 on node-4: my.code: row 3 is broken"),
+        (logging.WARNING, 2, "node-4", "fsspec", "100% of %s is slow"),
+        (logging.ERROR, 2, "node-4", "my.code", "row 3 is broken"),
     ]
-    first, second = watched.logs
-    assert (first.partition, first.host, first.logger, second.message) == (2, "node-4", "fsspec", "row 3 is broken")
 
 
 def test_notes_come_between_the_frames_of_a_worker_that_waits_and_disturb_none(watch: Watch) -> None:
@@ -583,7 +579,8 @@ def test_more_notes_than_anybody_asks_for_are_not_kept(watch: Watch) -> None:
         wire.send(Kind.NOTE, header)
     wire.pull(watched.layout.allocate())
     watched.observe()
-    assert len(watched.logs) == 2000
+    assert len(watched.logs) == 501
+    assert watched.logs[-1].message == "29500 more lines of all workers were dropped"
     assert 100_000 <= len(watched.traced) < 100_400
 
 
@@ -754,6 +751,7 @@ def test_weights_are_looked_at_now_and_then_and_their_change_is_since_the_last_l
     worker = watched.worker()
     train(worker, WIDE, 3)
     assert looks.stats(2.0, 9) is None  # it is too early
+    monkeypatch.setattr(weight_watching, "_LOOKS_AN_AGE", math.inf)
     monkeypatch.setattr(weight_watching, "_INTERVAL_S", 0.0)
     monkeypatch.setattr(weight_watching, "_SHARE", math.inf)
     looks = WeightWatch(watched.server, lambda: True)

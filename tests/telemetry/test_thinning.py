@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from tensorspark.telemetry.files import RunFile, read_run
-from tensorspark.telemetry.records import Record, RunEnded, Sample, Span, Spans, TrainingPoint, WorkerSample
+from tensorspark.telemetry.records import (
+    Record,
+    RunEnded,
+    Sample,
+    Span,
+    Spans,
+    TrainingPoint,
+    WeightStats,
+    WorkerSample,
+)
 from tensorspark.telemetry.thinning import Thinning
 from tensorspark.telemetry.view import RunView
 
@@ -61,9 +70,22 @@ def test_samples_come_the_more_rarely_the_longer_the_file_is(num_bytes: int, int
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert set(gaps[:-1]) == {interval_s}
     assert times[-1] == 100.0
-    assert [record for record in thinned if isinstance(record, TrainingPoint)] == [
-        record for record in course(200) if isinstance(record, TrainingPoint)
-    ]
+    points = [record for record in thinned if isinstance(record, TrainingPoint)]
+    assert len(points) == pytest.approx(min(200, 100 / (interval_s / 10)), abs=2)
+    assert points[-1].num_steps == 200
+
+
+def test_points_left_out_are_in_the_mean_of_the_next() -> None:
+    records = [TrainingPoint(0.25 * index, index, index, {"loss": float(index)}) for index in range(1, 9)]
+    points = [record for record in passed(records, 5000) if isinstance(record, TrainingPoint)]
+    assert [point.num_steps for point in points] == [4, 8]
+    assert points[0].scalars["loss"] == pytest.approx(((1 + 2) / 2 + 3) / 4 + 4 / 2)
+
+
+def test_the_newest_look_at_the_weights_is_kept_and_the_last_one_told() -> None:
+    looks = [WeightStats(5.0 * index, index, index, ()) for index in range(1, 10)]
+    thinned = passed([*looks, RunEnded(46.0, "finished")], 1000)
+    assert [record.version for record in thinned if isinstance(record, WeightStats)] == [4, 8, 9]
 
 
 def test_the_end_and_what_every_worker_said_last_are_there() -> None:

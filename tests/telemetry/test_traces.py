@@ -138,7 +138,8 @@ def test_a_run_of_which_nothing_was_told_has_a_trace_still(tmp_path: Path) -> No
 
 
 def test_more_spans_than_viewers_take_are_left_out_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traces, "_MAX_SPANS", 10)
+    monkeypatch.setattr(traces, "_MAX_SPANS", 13)
+    monkeypatch.setattr(traces, "_DRIVERS_SPANS", 3)
     spans = tuple(Span(float(index), 0, "compute", 0.5) for index in range(7))
     trace = written(tmp_path, BEGAN, Spans(9.0, spans), Spans(9.0, spans), own=spans)
     assert len(spans_of(trace)) == 10

@@ -1,0 +1,1 @@
+"""TFRecord files: how fast they are read and written."""
