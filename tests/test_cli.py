@@ -303,3 +303,34 @@ def test_an_interrupt_ends_the_doctor_while_it_waits_for_slots(empty_cluster: st
     finally:
         process.kill()
     assert (process.returncode, stderr) == (130, "tensorspark doctor: interrupted\n")
+
+
+# dashboard
+
+
+@pytest.mark.parametrize("content", [b"", b'{"record": "Ru'])
+def test_a_replay_of_a_file_without_a_run_says_so(
+    tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run-0000.jsonl").write_bytes(content)
+    assert cli.main(["dashboard", "--replay", str(tmp_path)]) == 1
+    assert "no run in it" in capsys.readouterr().err
+
+
+def test_a_replay_of_a_run_that_was_cut_short_does_not_call_it_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorspark.dashboard import replay
+    from tensorspark.telemetry.files import RunFile
+    from tensorspark.telemetry.records import RunBegan, TrainingPoint
+
+    file = RunFile(str(tmp_path))
+    file.record(RunBegan(0.0, 1, "cut", 1.7e9, "asynchronous", 1, 1, "C", {}, (), 64, "2.0.0"))
+    file.record(TrainingPoint(1.5, 3, 30, {"loss": 0.5}))
+    file.close()
+    served: list[Any] = []
+    monkeypatch.setattr(replay, "serve", lambda view, port, on_ready, token: served.append(view))
+    assert cli.main(["dashboard", "--replay", str(tmp_path)]) == 0
+    (view,) = served
+    assert view.ended.outcome == "unfinished"
+    assert [point.num_steps for point in view.points] == [3]

@@ -48,10 +48,19 @@ def run(options: argparse.Namespace) -> int:
         StagingError: it cannot be read.
     """
     from tensorspark.dashboard.replay import serve
+    from tensorspark.errors import ConfigError
     from tensorspark.telemetry.files import read_run
+    from tensorspark.telemetry.records import RunEnded
     from tensorspark.telemetry.view import RunView
 
     view = RunView(read_run(options.replay, user=options.user))
+    if view.began is None:
+        raise ConfigError(
+            f"{options.replay} has a run's file, but no run in it: nothing was written, or its begin is lost"
+        )
+    if view.ended is None:
+        seconds = view.sample.seconds if view.sample is not None else view.began.seconds
+        view.apply(RunEnded(seconds, "unfinished", "its files end here: it goes on still, or its driver was killed"))
     serve(view, options.port, on_ready=say, token=secrets.token_urlsafe(16))
     return EXIT_OK
 

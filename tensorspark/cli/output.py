@@ -13,5 +13,7 @@ class UsageError(Exception):
 
 def say(line: str) -> None:
     """Writes a result, at once."""
+    if sys.stdout is None:  # closed by who started us
+        return
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()

@@ -64,10 +64,12 @@ class Site:
         None: nothing that is not said of any other target.
         """
         path, _, query = target.partition("?")
+        if path == "/" and self._has_dashboard and self.admits(headers, port):
+            return 303, {"Location": access.PATH}, ""
         if not self.takes(path):
             return None
         given = parse_qs(query).get("token", [])
-        if path == access.PATH and any(access.is_token(token, self._token) for token in given):
+        if path in (access.PATH, f"{access.PATH}/") and any(access.is_token(token, self._token) for token in given):
             return access.login(headers, port, self._token)
         return None if self.admits(headers, port) and not given else (401, _HTML, unauthorized.page())
 

@@ -260,7 +260,7 @@ class Engine:
             mode=mode_of(self.config.staleness),
             dashboard_url=self.watchers.url(server),
             log_dir=watch.log_dir,
-            trace=None if watch.trace is None else watch.trace.url,
+            trace=watch.trace_url,
         )
 
     def _begin(
@@ -282,7 +282,7 @@ class Engine:
             keeps_spans=self.watchers.keeps_spans,
             traces=self.watchers.traces,
         )
-        began_at = time.monotonic() - (resume.seconds if resume else 0.0)
+        began_at = server.began_at
         began = run_began(self.spark_context, self.name, config, plan, spec.layout, self._num_jobs, resume, label)
         self.watch = watch = self.watchers.watch(server, began, began_at=began_at, graph=captured.graph)
         address = address_of(server, config)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import TextIO
 
-from tensorspark.driver.displays import Part, choose_display
+from tensorspark.driver.displays import Display, Part, choose_display
 from tensorspark.ps.messages import Status
+
+logger = logging.getLogger(__name__)
 
 _RATE_WINDOW_S = 30.0
 _FIRST_TO_DROP = 10
@@ -37,8 +40,9 @@ class ProgressLine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name = name or "tensorspark"
-        self._enabled = enabled
-        self._display = choose_display(stream)
+        self._display: Display | None = None
+        if enabled:
+            self._try(lambda: self._open(stream))
         self._pace: _Pace | None = None
         self._share: float | None = None
         self._clock = clock
@@ -47,7 +51,7 @@ class ProgressLine:
 
     def show(self, status: Status, *, last: bool = False) -> None:
         """Shows `status` if it is time to; `last` always shows it and ends the line."""
-        if not self._enabled:
+        if self._display is None:
             return
         now = self._clock()
         is_first_step = bool(status.num_steps) and self._pace is None
@@ -61,20 +65,39 @@ class ProgressLine:
         if status.progress is not None:
             self._share = max(self._share or 0.0, min(status.progress, 1.0))
         parts = describe(status, self._pace, now - self._began if last else None)
+        self._try(lambda: self._draw(parts, last=last))
+
+    def note(self, text: str) -> None:
+        """Shows a line that stays, above the bar."""
+        display = self._display
+        if display is not None:
+            self._try(lambda: display.write(f"{self._name}: {text}"))
+
+    def abandon(self) -> None:
+        """Ends the line where it is, so that what follows (a traceback) begins on its own."""
+        display = self._display
+        if display is not None:
+            self._try(lambda: display.end(has_failed=True))
+
+    def _open(self, stream: TextIO | None) -> None:
+        self._display = choose_display(stream)
+
+    def _draw(self, parts: list[Part], *, last: bool) -> None:
+        assert self._display is not None
         self._display.draw(self._name, self._share, parts)
         if last:
             self._display.end(has_failed=False)
 
-    def note(self, text: str) -> None:
-        """Shows a line that stays, above the bar."""
-        if self._enabled:
-            self._display.write(f"{self._name}: {text}")
-
-    def abandon(self) -> None:
-        """Ends the line where it is, so that what follows (a traceback) begins on its own."""
-        self._display.end(has_failed=True)
+    def _try(self, action: Callable[[], None]) -> None:
+        """Shows something, if that can be done: a stderr that is closed, or whose reader is gone, ends no training."""
+        try:
+            action()
+        except (OSError, ValueError, AttributeError) as error:
+            self._display = None
+            logger.info("progress is not shown any more: %s: %s", type(error).__name__, error)
 
     def _is_time(self, now: float) -> bool:
+        assert self._display is not None
         is_first = not self._has_shown and self._display.shows_start
         return is_first or now - self._shown_at >= self._display.interval_s
 

@@ -121,10 +121,10 @@ class Watchers:
         if self._config.log_dir is not None:
             from tensorspark.telemetry.tensorboard import EventFiles
 
-            log_dir = f"{self._config.log_dir.rstrip('/')}/{name}"
+            log_dir = _within(self._config.log_dir, name)
             sinks += [RunFile(log_dir, user=self._user), EventFiles(log_dir, user=self._user, graph=graph())]
         if self._config.trace_dir is not None:
-            trace = TraceFile(f"{self._config.trace_dir.rstrip('/')}/{name}.json", user=self._user)
+            trace = TraceFile(_within(self._config.trace_dir, f"{name}.json"), user=self._user)
             trace.check()
             sinks.append(trace)
         view = RunView()
@@ -188,6 +188,11 @@ class RunWatch:
 
     # The driver's thread
 
+    @property
+    def trace_url(self) -> str | None:
+        """Where the trace is, once the run has ended; None where there is none, or it could not be written."""
+        return self.trace.url if self.trace is not None and self.trace in self._sinks else None
+
     def timed(self, name: str) -> AbstractContextManager[None]:
         """Times what the driver does, for the trace."""
         return contextlib.nullcontext() if self.trace is None else self._timed(name)
@@ -213,9 +218,11 @@ class RunWatch:
         """
         if self._ending.is_set():
             return
-        if error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            self._outcome, self._message = "stopped", "interrupted"
+        elif error is not None:
             first_line = str(error).partition("\n")[0]
-            self._outcome, self._message = "failed", f"{type(error).__name__}: {first_line}"
+            self._outcome, self._message = "failed", f"{type(error).__name__}: {first_line}".rstrip(": ")
         elif was_stopped:
             self._outcome = "stopped"
         self._ending.set()
@@ -304,6 +311,11 @@ class RunWatch:
             logger.warning(
                 "%s writes no more of this run, which goes on: %s", type(sink).__name__, error, exc_info=unexpected
             )
+
+
+def _within(directory: str, name: str) -> str:
+    """The URL of what lies in a directory, whose own URL may be no more than a scheme."""
+    return f"{directory}{'' if directory.endswith('/') else '/'}{name}"
 
 
 def _number(value: float) -> float | None:

@@ -285,6 +285,9 @@ class _Request(HTTPMessageDelegate):
         except ConfigError as error:
             self._answer(start_line, "501 Not Implemented", "Content-Type: text/plain; charset=utf-8", f"{error}\n")
             return
+        except asyncio.CancelledError:  # the server is being closed
+            self._request_conn.detach().close()
+            return
         received = self._pass_on(start_line, headers)
         if received is not None:
             await received

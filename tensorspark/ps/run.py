@@ -211,6 +211,11 @@ class Run:
         """Has every worker finish at its next pull."""
         self._execute(self.state.request_stop())
 
+    @property
+    def began_at(self) -> float:
+        """When it began, on the monotonic clock; of a restored run, as if it had never been interrupted."""
+        return self._started_at
+
     def status(self) -> Status:
         return replace(self.state.overview.status(), staleness=self._observer.collector.mean_staleness)
 

@@ -192,6 +192,11 @@ class ParameterServer:
         self._call(forget)
 
     @property
+    def began_at(self) -> float:
+        """When the current run began, on the monotonic clock; a restored one, as if it had not been interrupted."""
+        return self._current().began_at
+
+    @property
     def has_run(self) -> bool:
         """Whether a run has begun, and is not forgotten."""
         return self._run is not None

@@ -271,6 +271,11 @@ class ShardedServer:
         self._primary.retire()
 
     @property
+    def began_at(self) -> float:
+        """As `ParameterServer.began_at`."""
+        return self._primary.began_at
+
+    @property
     def has_run(self) -> bool:
         """As `ParameterServer.has_run`."""
         return self._primary.has_run

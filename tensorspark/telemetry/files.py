@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in get_args(Record)}
 _PIECE_BYTES = 2**24
+_MAX_NAME_BYTES = 60
 _PART = re.compile(r"run-\d+\.jsonl")
 
 
@@ -53,7 +54,7 @@ def decode(line: bytes | str, where: str) -> Record | None:
         fields = json.loads(line)
         kind = _KINDS.get(fields.pop("record"))
         record: Record | None = kind and build(kind, fields, where)
-    except (ValueError, KeyError, AttributeError, TypeError, WrongValueError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, WrongValueError) as error:
         raise ConfigError(f"{where} is no record of a run: {error}") from error
     return record
 
@@ -99,7 +100,9 @@ def read_run(directory: str, *, user: str = "") -> Iterator[Record]:
     for name in names:
         for number, line in enumerate(_lines(filesystem, name), 1):
             if not line.endswith(b"\n"):
-                logger.warning("the last line of %s was cut off: the run's driver died while it wrote", name)
+                logger.warning(
+                    "the last line of %s is cut off: the driver died while it wrote, or the disk was full", name
+                )
                 return
             record = decode(line, f"{name}, line {number},")
             if record is not None:
@@ -154,4 +157,5 @@ def directory_name(began: RunBegan, run_id: str) -> str:
 
     name = re.sub(r"[^\w.-]+", "-", began.name).strip("-.") or "run"
     began_at = time.strftime("%Y%m%d-%H%M%S", time.localtime(began.started_at))
-    return f"{name[:60]}-{began_at}-{run_id[:6]}-{began.run}"
+    name = name.encode()[:_MAX_NAME_BYTES].decode(errors="ignore")
+    return f"{name}-{began_at}-{run_id[:6]}-{began.run}"

@@ -265,7 +265,7 @@ class RunEnded:
     """The last record of a run.
 
     Attributes:
-        outcome: ``finished``, ``stopped`` (by a callback, say) or ``failed``.
+        outcome: ``finished``, ``stopped`` (by a callback or Ctrl-C) or ``failed``; in a replay also ``unfinished``.
         message: what failed.
     """
 

@@ -502,3 +502,36 @@ def test_staleness_is_shown_where_pushes_are_based_on_older_weights(staleness: f
     texts = [part.text for part in describe(status(staleness=staleness))]
     assert ("staleness 1.3" in texts) == shown
     assert sum(text.startswith("staleness") for text in texts) == shown
+
+
+class Broken(io.StringIO):
+    """A stream whose reader is gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def closed() -> io.StringIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("make", [Broken, closed, lambda: None], ids=["its reader is gone", "closed", "none at all"])
+def test_a_stderr_that_takes_nothing_ends_no_training(
+    make: Callable[[], io.StringIO | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", make())
+    for enabled in (True, False):
+        line = ProgressLine("mnist", enabled)
+        line.note("dashboard at ...")
+        line.show(status())
+        line.show(status(), last=True)
+        line.abandon()
+
+
+def test_a_name_that_stderr_cannot_spell_ends_no_training() -> None:
+    raw = io.BytesIO()
+    line = ProgressLine("\u8a13\u7df4", stream=io.TextIOWrapper(raw, encoding="ascii"))
+    line.show(status(), last=True)
+    line.show(status(), last=True)

@@ -273,7 +273,7 @@ def test_the_scheme_is_read_in_any_case_and_nothing_else_passes_for_the_token(sh
 
 def test_the_token_of_the_pages_opens_nothing_of_the_workers(shared: Door) -> None:
     upgrade = ("Connection: Upgrade", f"Upgrade: {protocol.UPGRADE}")
-    for target in ("/workers", "/other", "/"):
+    for target in ("/workers", "/other"):
         for shown in (VISITOR, shared.cookie):
             answer = shared.ask(target, shown, *upgrade)
             assert (answer.status, answer.body) == (401, PLAIN_401)
@@ -532,3 +532,8 @@ def test_where_all_are_taken_the_error_names_the_setting() -> None:
 def test_there_is_no_port_after_the_last() -> None:
     with taken(65535), pytest.raises(PortTakenError, match="port 65535 cannot be opened"):
         start_server(LAYOUT, resolve({"server_port": 65535}, {}), "127.0.0.1")
+
+
+def test_the_root_leads_who_may_see_the_dashboard_to_it(shared: Door) -> None:
+    admitted = shared.ask("/", shared.cookie)
+    assert (admitted.status, admitted.headers["location"]) == (303, "/dashboard")

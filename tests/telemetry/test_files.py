@@ -299,7 +299,7 @@ def test_a_run_that_was_cut_short_is_read_up_to_there(tmp_path: Path, caplog: py
     file.write_bytes(file.read_bytes()[:-5])
     with caplog.at_level(logging.WARNING):
         assert tuple(read_run(str(tmp_path))) == RUN[:-1]
-    assert "was cut off: the run's driver died" in caplog.text
+    assert "is cut off: the driver died" in caplog.text
 
 
 def test_a_broken_line_is_an_error_that_says_where(tmp_path: Path) -> None:
@@ -393,3 +393,14 @@ def test_a_directory_of_another_users_on_hdfs_is_an_error_at_the_beginning(hdfs:
     hdfs.make_directory(path, owner="alice")
     with pytest.raises(StagingError, match=r"spark\.tensorspark\.log\.dir: could not make"):
         RunFile(f"{hdfs.url}{path}/digits", user="bob")
+
+
+def test_a_directory_s_name_fits_any_filesystem_whatever_the_runs_is() -> None:
+    from dataclasses import replace
+
+    began = RunBegan(0.0, 1, "", 1.7e9, "", 1, 1, "", {}, (), 64, "")
+    for name in ("\U0001d49c" * 80, "a/b\n" * 500, "...", "\u8a13\u7df4"):
+        directory = directory_name(replace(began, name=name), "0123456789abcdef")
+        assert len(directory.encode()) < 120
+        assert not set(directory) & set("/\n\0")
+    assert directory_name(replace(began, name="..."), "0123456789abcdef").startswith("run-")
