@@ -1,0 +1,1 @@
+"""Other systems' import paths: their names for what tensorspark has."""

@@ -1,0 +1,1 @@
+"""TFRecord files: framing and checksums, and `tf.train.Example` messages from and to Arrow record batches."""

@@ -1,0 +1,278 @@
+"""Written files become visible whole, once and together: on local disks, in memory, and on a real HDFS."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from tensorspark.data.tfrecord import commit
+from tensorspark.data.tfrecord.commit import (
+    TaskFiles,
+    TaskOutput,
+    WriteJob,
+    abort_job,
+    commit_batch,
+    commit_job,
+)
+from tensorspark.errors import ConfigError, StagingError
+from tests.hadoop.cluster import HdfsCluster
+
+
+@pytest.fixture(params=["local", "memory", pytest.param("hdfs", marks=pytest.mark.hdfs)])
+def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """URL of a directory that does not exist yet, on each kind of filesystem."""
+    name = uuid.uuid4().hex
+    if request.param == "local":
+        yield str(tmp_path / name)
+    elif request.param == "memory":
+        yield f"memory://{name}/out"
+        filesystem = fsspec.filesystem("memory")
+        if filesystem.exists(f"/{name}"):
+            filesystem.rm(f"/{name}", recursive=True)
+    else:
+        cluster: HdfsCluster = request.getfixturevalue("hdfs")
+        cluster.make_directory(f"/{name}", owner="alice")
+        yield f"{cluster.url}/{name}/out"
+
+
+def _job(url: str, job_id: str = "job", **options: object) -> WriteJob:
+    # Of a local directory or one in memory there is no user.
+    return WriteJob(url, job_id, user="alice" if url.startswith("hdfs") else "", **options)  # type: ignore[arg-type]
+
+
+def _write(job: WriteJob, partition: int, attempt: str, *contents: str, directory: str = "") -> TaskFiles:
+    output = TaskOutput(job, partition, attempt)
+    for content in contents:
+        file = output.open(directory, ".tfrecord")
+        file.write(content.encode())
+        file.close()
+    return output.finish(len(contents))
+
+
+def _tree(job: WriteJob) -> dict[str, str]:
+    """Every file under the target, with what it holds."""
+    filesystem, path = job.open()
+    if not filesystem.exists(path):
+        return {}
+    found: dict[str, str] = {}
+    waiting = [path]
+    while waiting:
+        for entry in filesystem.ls(waiting.pop(), detail=True):
+            if entry["type"] == "directory":
+                waiting.append(entry["name"])
+            else:
+                with filesystem.open(entry["name"], "rb") as file:
+                    found[entry["name"][len(path) + 1 :]] = bytes(file.read()).decode()
+    return found
+
+
+def test_nothing_is_visible_before_the_commit_and_all_after_it(target: str) -> None:
+    job = _job(target)
+    tasks = [_write(job, 0, "7-a", "zero", "more"), _write(job, 1, "8-b", "one")]
+    assert all(name.startswith("_temporary/") for name in _tree(job))
+
+    commit_job(job, tasks)
+
+    assert _tree(job) == {
+        "part-00000-job-c000.tfrecord": "zero",
+        "part-00000-job-c001.tfrecord": "more",
+        "part-00001-job-c000.tfrecord": "one",
+        "_SUCCESS": "",
+    }
+    filesystem, path = job.open()
+    assert not filesystem.exists(f"{path}/_temporary")
+
+
+def test_only_the_attempt_that_counts_is_kept(target: str) -> None:
+    """As under speculation, or where a task is killed in the middle: its files are whole, or not even that."""
+    job = _job(target)
+    _write(job, 0, "7-killed", "half of ze")
+    counted = _write(job, 0, "9-again", "zero")
+    _write(job, 0, "11-speculative", "zero")
+
+    commit_job(job, [counted])
+
+    assert _tree(job) == {"part-00000-job-c000.tfrecord": "zero", "_SUCCESS": ""}
+
+
+def test_appending_keeps_what_is_there(target: str) -> None:
+    first, second = _job(target, "first"), _job(target, "second")
+    commit_job(first, [_write(first, 0, "1-a", "old")])
+    commit_job(second, [_write(second, 0, "1-a", "new")])
+
+    assert _tree(second) == {
+        "part-00000-first-c000.tfrecord": "old",
+        "part-00000-second-c000.tfrecord": "new",
+        "_SUCCESS": "",
+    }
+
+
+def test_overwriting_replaces_all_that_is_there(target: str) -> None:
+    first, second = _job(target, "first"), _job(target, "second", replaces=True)
+    commit_job(
+        first, [_write(first, 0, "1-a", "old"), _write(first, 1, "2-a", "old too", directory="p=1"), TaskFiles("3-a")]
+    )
+    task = _write(second, 0, "1-a", "new", directory="p=2")
+    assert _tree(second)["part-00000-first-c000.tfrecord"] == "old"  # until the new files are complete
+
+    commit_job(second, [task])
+
+    assert _tree(second) == {"p=2/part-00000-second-c000.tfrecord": "new", "_SUCCESS": ""}
+    filesystem, path = second.open()
+    assert not filesystem.exists(f"{path}/p=1")
+
+
+def test_overwriting_dynamically_replaces_the_partitions_that_get_rows(target: str) -> None:
+    first, second = _job(target, "first"), _job(target, "second", replaces=True, is_dynamic=True)
+    commit_job(
+        first, [_write(first, 0, "1-a", "old 1", directory="p=1"), _write(first, 1, "2-a", "old 2", directory="p=2")]
+    )
+
+    commit_job(second, [_write(second, 0, "1-a", "new 2", directory="p=2")])
+
+    assert _tree(second) == {
+        "p=1/part-00000-first-c000.tfrecord": "old 1",
+        "p=2/part-00000-second-c000.tfrecord": "new 2",
+        "_SUCCESS": "",
+    }
+
+
+def test_aborting_leaves_nothing(target: str) -> None:
+    job = _job(target, existed=False)
+    task = _write(job, 0, "1-a", "zero", directory="p=1")
+
+    abort_job(job, [task])
+
+    filesystem, path = job.open()
+    assert not filesystem.exists(path)
+
+
+def test_aborting_leaves_what_was_there_before(target: str) -> None:
+    first, second = _job(target, "first"), _job(target, "second", replaces=True)
+    commit_job(first, [_write(first, 0, "1-a", "old")])
+    _write(second, 0, "1-a", "half")
+
+    abort_job(second, [])
+
+    assert _tree(second) == {"part-00000-first-c000.tfrecord": "old", "_SUCCESS": ""}
+
+
+def test_a_job_leaves_another_jobs_temporary_files_alone(target: str) -> None:
+    mine, other = _job(target, "mine"), _job(target, "other")
+    others_task = _write(other, 0, "1-a", "other")
+
+    commit_job(mine, [_write(mine, 0, "1-a", "mine")])
+    commit_job(other, [others_task])
+
+    assert sorted(_tree(mine)) == ["_SUCCESS", "part-00000-mine-c000.tfrecord", "part-00000-other-c000.tfrecord"]
+
+
+def test_a_commit_that_fails_halfway_takes_back_what_it_moved(target: str) -> None:
+    first, second = _job(target, "first"), _job(target, "second", replaces=True)
+    commit_job(first, [_write(first, 0, "1-a", "old")])
+    written = _write(second, 0, "1-a", "new")
+    lost = TaskFiles("2-a", ("part-00001-second-c000.tfrecord",))
+
+    with pytest.raises(StagingError, match="path: could not move files in"):
+        commit_job(second, [written, lost])
+
+    assert _tree(second) == {"part-00000-first-c000.tfrecord": "old"}  # without _SUCCESS: a write failed here
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_that_is_committed_twice_is_there_once(target: str) -> None:
+    job = _job(target, "query-b0")
+    commit_batch(job, [_write(job, 0, "1-a", "zero")], "query", 0)
+    again = _write(job, 0, "5-b", "zero")
+
+    commit_batch(job, [again], "query", 0)
+
+    assert {name: text for name, text in _tree(job).items() if not name.startswith("_")} == {
+        "part-00000-query-b0-c000.tfrecord": "zero"
+    }
+
+
+def test_a_batch_whose_commit_was_cut_off_is_there_once(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver dies after one of two moves; the batch is then cut into one task instead of two."""
+    job = _job(target, "query-b3")
+    first, second = _write(job, 0, "1-a", "zero"), _write(job, 1, "2-a", "one")
+
+    class DriverDied(BaseException):
+        pass
+
+    def move_one(job: WriteJob, filesystem: fsspec.AbstractFileSystem, path: str, tasks: list[TaskFiles]) -> None:
+        move_in(job, filesystem, path, tasks[:1])
+        raise DriverDied
+
+    move_in = commit._move_in
+    monkeypatch.setattr(commit, "_move_in", move_one)
+    with pytest.raises(DriverDied):
+        commit_batch(job, [second, first], "query", 3)
+    monkeypatch.undo()
+    assert "part-00001-query-b3-c000.tfrecord" in _tree(job)
+    commit_batch(job, [_write(job, 0, "9-b", "zero and one")], "query", 3)
+
+    assert {name: text for name, text in _tree(job).items() if not name.startswith("_")} == {
+        "part-00000-query-b3-c000.tfrecord": "zero and one"
+    }
+
+
+def test_batches_follow_each_other_and_the_log_does_not_grow(target: str) -> None:
+    for batch in range(3):
+        job = _job(target, f"query-b{batch}")
+        commit_batch(job, [_write(job, 0, "1-a", f"batch {batch}")], "query", batch)
+
+    tree = _tree(_job(target))
+    assert sorted(text for name, text in tree.items() if name.startswith("part-")) == ["batch 0", "batch 1", "batch 2"]
+    assert sorted(name for name in tree if name.startswith("_")) == [
+        "_tensorspark/query/begun",
+        "_tensorspark/query/committed",
+    ]
+    assert json.loads(tree["_tensorspark/query/committed"]) == {"batch": 2}
+
+
+# --- each executor on its own disk ------------------------------------------------------------------------------------
+
+
+def test_a_local_write_is_visible_when_its_task_ends(tmp_path: Path) -> None:
+    job = _job(str(tmp_path / "out"), locality="local", tolerates_existing=False)
+
+    _write(job, 0, "1-a", "zero")
+
+    assert _tree(job) == {"part-00000-job-c000.tfrecord": "zero"}
+    assert not (tmp_path / "out" / "_temporary").exists()
+
+
+def test_a_local_write_that_is_repeated_replaces_its_files(tmp_path: Path) -> None:
+    job = _job(str(tmp_path / "out"), locality="local")
+    _write(job, 0, "1-a", "first")
+
+    _write(job, 0, "2-b", "again")
+
+    assert _tree(job) == {"part-00000-job-c000.tfrecord": "again"}
+
+
+def test_a_local_write_looks_for_files_of_others_where_it_runs(tmp_path: Path) -> None:
+    (tmp_path / "part-00000-other").write_bytes(b"")
+    url = str(tmp_path)
+
+    assert TaskOutput(_job(url, locality="local", tolerates_existing=True), 0, "1-a").is_wanted()
+    assert not TaskOutput(_job(url, locality="local", tolerates_existing=None), 0, "1-a").is_wanted()
+    with pytest.raises(ConfigError, match=r"expected '.*' to be absent on .*, but files are there"):
+        TaskOutput(_job(url, locality="local", tolerates_existing=False), 0, "1-a").is_wanted()
+
+
+def test_a_local_write_that_is_aborted_takes_this_hosts_files_back(tmp_path: Path) -> None:
+    job = _job(str(tmp_path / "out"), locality="local", existed=False)
+    task = _write(job, 0, "1-a", "zero")
+
+    abort_job(job, [task])
+
+    assert not (tmp_path / "out").exists()
