@@ -168,6 +168,7 @@ def _measure_size(report: Report, size_mb: float, count: int, num_rounds: int) -
     traffic = traffic_of(size_mb)
     say(f"{size_mb:g} MB: unwatched, watched, and with {NUM_PAGES} pages open, {num_rounds} rounds")
     rates: dict[tuple[str, str], list[float]] = defaultdict(list)
+    core_ms: dict[tuple[str, str], list[float]] = defaultdict(list)
     with (
         _serving("unwatched", Server, traffic) as unwatched,
         _serving("watched", WatchedServer, traffic) as watched,
@@ -179,9 +180,12 @@ def _measure_size(report: Report, size_mb: float, count: int, num_rounds: int) -
         for number in range(num_rounds + 1):  # the first warms up
             names = list(fleets)[number % 3 :] + list(fleets)[: number % 3]  # none is always behind the same
             for operation, name in itertools.product(_OPERATIONS, names):
+                before = fleets[name].server.call("processor_s")
                 seconds = seconds_of(together(fleets[name].clients, operation, count, deadline_s=DEADLINE_S))
                 if number:
                     rates[operation, name].append(_NUM_CLIENTS * count / seconds)
+                    spent_s = fleets[name].server.call("processor_s") - before
+                    core_ms[operation, name].append(1000 * spent_s / (_NUM_CLIENTS * count))
         last = pages.call("num_frames")
         for fleet in fleets.values():
             fleet.check()
@@ -191,6 +195,7 @@ def _measure_size(report: Report, size_mb: float, count: int, num_rounds: int) -
         what = f"{'pull' if operation == 'pull' else 'push and pull'} {size_mb:g} MB"
         report.add(f"{what}, unwatched", statistics.median(alone), "/s")
         for name in fleets:
+            report.add(f"{what}, {name}, of a server's core", statistics.median(core_ms[operation, name]), "ms each")
             if name != "unwatched":
                 ratio = median_ratio(rates[operation, name], alone)
                 report.add(f"{what}, {name} / unwatched", ratio, "x", at_least=_AT_LEAST)
