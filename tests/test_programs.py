@@ -221,7 +221,7 @@ def _check_weights_and_events(directory: Path) -> None:
         assert np.abs(weights["W"]).max() > 0.01
     events = EventAccumulator(str(directory))
     events.Reload()
-    losses = [event.value for event in events.Scalars("loss")]
+    losses = [event.tensor_proto.float_val[0] for event in events.Tensors("loss")]
     assert losses[-1] < losses[0]
 
 
