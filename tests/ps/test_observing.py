@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tensorspark.driver import weight_watching
+from tensorspark.driver import watching, weight_watching
 from tensorspark.driver.watching import RunWatch
 from tensorspark.driver.weight_watching import WeightWatch
 from tensorspark.ps import headers, protocol
@@ -33,6 +33,7 @@ from tensorspark.telemetry.notes import Line, Notebook, Timing
 from tensorspark.telemetry.records import (
     LogLine,
     Observation,
+    Record,
     RunBegan,
     Sample,
     Span,
@@ -784,3 +785,60 @@ def test_weights_that_are_gone_end_no_watch(watch: Watch) -> None:
     assert WeightWatch(watched.server, lambda: True).stats(1.0, 1) is None
     watched.server.close()
     assert WeightWatch(watched.server, lambda: True).stats(1.0, 1) is None
+
+
+class Hanging:
+    """A sink whose filesystem does not answer, until it is let go."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+        self.closed = threading.Event()
+
+    def record(self, record: Record) -> None:
+        pass
+
+    def flush(self, *, at_once: bool = False) -> None:
+        pass
+
+    def close(self) -> None:
+        assert self.released.wait(DEADLINE_S)
+        self.closed.set()
+
+
+def test_a_sink_that_hangs_holds_up_the_end_of_a_run_for_no_longer_than_it_may(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watching, "_END_S", 0.2)
+    watched, view, sink = watch(), RunView(), Hanging()
+    followed = begin_watch(watched, view, sink)
+    began = time.monotonic()
+    followed.end(None)
+    assert time.monotonic() - began < 5
+    assert "the rest is left to itself" in caplog.text
+    assert view.ended is not None  # who looks at the page is told all the same
+    sink.released.set()
+    assert sink.closed.wait(DEADLINE_S)
+    followed._thread.join(DEADLINE_S)
+
+
+def test_a_sink_that_raises_is_told_nothing_more_and_the_others_are(
+    watch: Watch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Raising(Hanging):
+        num_records = 0
+
+        def record(self, record: Record) -> None:
+            self.num_records += 1
+            if self.num_records > 1:
+                raise OSError("no space left on device")
+
+    watched, view, broken, told = watch(), RunView(), Raising(), Hanging()
+    told.released.set()
+    followed = begin_watch(watched, view, broken, told)
+    followed.end(ValueError("row 3\nis bad"))
+    assert broken.num_records == 2
+    assert caplog.text.count("Raising writes no more of this run, which goes on: no space left on device") == 1
+    assert told.closed.is_set()
+    assert not broken.closed.is_set()
+    assert view.ended is not None
+    assert (view.ended.outcome, view.ended.message) == ("failed", "ValueError: row 3")
