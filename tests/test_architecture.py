@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "weights": {"errors"},
     "data": {"errors", "config"},
     "trainers": {"errors", "weights", "data"},
-    "telemetry": {"errors", "plain", "data"},
+    "telemetry": {"errors", "plain", "history", "data"},
     "dashboard": {"errors", "telemetry"},
     "ps": {"errors", "config", "plain", "history", "weights", "telemetry"},
     "shards": {"errors", "plain", "history", "weights", "telemetry", "ps"},

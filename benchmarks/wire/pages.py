@@ -85,7 +85,6 @@ class WatchedServer(Server):
             self._view,
             [],
             self._began(),
-            began_at=self._server.began_at,
             log_dir=None,
             trace=None,
             wants_weights=lambda: self._site.is_watched,

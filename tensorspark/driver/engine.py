@@ -193,7 +193,8 @@ class Engine:
             except BaseException as error:
                 plan.combiner.reset_value()  # what it has seen is in no weights
                 try:
-                    self._end_watch(error)
+                    if self.watch is not None:
+                        self.watch.end(error)
                 finally:
                     self._retire_server()
                 if isinstance(error, Exception) and not self.close.alive:
@@ -209,10 +210,6 @@ class Engine:
             self._resources.retire_server()
         else:
             self.stop_server()
-
-    def _end_watch(self, error: BaseException | None = None, *, was_stopped: bool = False) -> None:
-        if self.watch is not None:
-            self.watch.end(error, was_stopped=was_stopped)
 
     def _train(
         self,
@@ -282,9 +279,8 @@ class Engine:
             keeps_spans=self.watchers.keeps_spans,
             traces=self.watchers.traces,
         )
-        began_at = server.began_at
         began = run_began(self.spark_context, self.name, config, plan, spec.layout, self._num_jobs, resume, label)
-        self.watch = watch = self.watchers.watch(server, began, began_at=began_at, graph=captured.graph)
+        self.watch = watch = self.watchers.watch(server, began, captured.graph)
         address = address_of(server, config)
         shards = server.places if isinstance(server, ShardedServer) else ()
         with watch.timed("preflight"):

@@ -195,19 +195,17 @@ def _at_free_port(port: int, start: Callable[[int], ParameterServer]) -> Paramet
     Raises:
         PortTakenError: all are taken.
     """
-    for candidate in range(port, min(port + _MAX_PORT_RETRIES, 65535) + 1):
+    last = min(port + _MAX_PORT_RETRIES, 65535)
+    for candidate in range(port, last + 1):
         try:
             server = start(candidate)
+            break
         except PortTakenError:
-            if candidate - port == _MAX_PORT_RETRIES or candidate == 65535:
+            if candidate == last:
                 raise
-            continue
-        if candidate != port:
-            logger.warning(
-                "port %d (spark.tensorspark.server.port) is taken: the server listens at %d", port, candidate
-            )
-        return server
-    raise AssertionError("unreachable")
+    if candidate != port:
+        logger.warning("port %d (spark.tensorspark.server.port) is taken: the server listens at %d", port, candidate)
+    return server
 
 
 def _pickled(combiner: WeightCombiner) -> bytes:

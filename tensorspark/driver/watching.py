@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 import numbers
 import secrets
 import threading
@@ -21,6 +20,7 @@ from tensorspark.dashboard.site import Site
 from tensorspark.driver.weight_watching import WeightWatch
 from tensorspark.errors import ConfigError, TensorsparkError
 from tensorspark.shards.sharded_server import AnyServer
+from tensorspark.telemetry.collector import finite
 from tensorspark.telemetry.files import RunFile, directory_name
 from tensorspark.telemetry.records import (
     CheckpointWritten,
@@ -102,13 +102,10 @@ class Watchers:
             yield f"no dashboard: {_HOW_TO_INSTALL}"
         self._has_told = True
 
-    def watch(
-        self, server: AnyServer, began: RunBegan, *, began_at: float, graph: Callable[[], bytes | None]
-    ) -> RunWatch:
+    def watch(self, server: AnyServer, began: RunBegan, graph: Callable[[], bytes | None]) -> RunWatch:
         """Watches a run that has just begun.
 
         Args:
-            began_at: when, on the monotonic clock.
             graph: makes the serialized GraphDef of what is trained, if there is one.
 
         Raises:
@@ -133,7 +130,6 @@ class Watchers:
             view,
             sinks,
             began,
-            began_at=began_at,
             log_dir=log_dir,
             trace=trace,
             wants_weights=lambda: log_dir is not None or self.site.is_watched,
@@ -162,7 +158,6 @@ class RunWatch:
         sinks: Sequence[Sink],
         began: RunBegan,
         *,
-        began_at: float,
         log_dir: str | None,
         trace: TraceFile | None,
         wants_weights: Callable[[], bool],
@@ -172,7 +167,7 @@ class RunWatch:
         self._server = server
         self._view = view
         self._sinks = list(sinks)
-        self._began_at = began_at
+        self._began_at = server.began_at
         self._interval_s = _LONG_INTERVAL_S if began.num_partitions > _MANY_PARTITIONS else _INTERVAL_S
         self._weights = WeightWatch(server, wants_weights)
         self._noted: deque[Record | Span] = deque()  # by the driver's thread
@@ -199,7 +194,7 @@ class RunWatch:
 
     def epoch_ended(self, epoch: int, logs: Mapping[str, Any]) -> None:
         """An epoch of `fit` has ended, with these metrics; all workers rest."""
-        metrics = {name: _number(float(value)) for name, value in logs.items() if isinstance(value, numbers.Real)}
+        metrics = {name: finite(float(value)) for name, value in logs.items() if isinstance(value, numbers.Real)}
         try:
             num_steps = self._server.status().num_steps
         except Exception as error:  # who trains finds out
@@ -316,7 +311,3 @@ class RunWatch:
 def _within(directory: str, name: str) -> str:
     """The URL of what lies in a directory, whose own URL may be no more than a scheme."""
     return f"{directory}{'' if directory.endswith('/') else '/'}{name}"
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

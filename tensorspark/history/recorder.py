@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from tensorspark.history.reports import Point
 
@@ -52,7 +51,7 @@ class Recorder:
         self._max_points = max_points
         self._stride = points.stride if points else 1
         self._num_in_last = points.num_in_last if points else 0
-        self._points = [_Sums.of(sums) for sums in points.points] if points else []
+        self._points = [Sums.of(sums) for sums in points.points] if points else []
         self.num_steps = self._points[-1].num_steps if self._points else 0
         self.num_samples = self._points[-1].num_samples if self._points else 0
 
@@ -69,10 +68,10 @@ class Recorder:
         self.num_samples += num_samples
         if self._num_in_last % self._stride == 0:
             self._halve_if_full()
-            self._points.append(_Sums())
+            self._points.append(Sums())
             self._num_in_last = 0
         self._num_in_last += 1
-        self._points[-1].add(seconds, self.num_steps, self.num_samples, num_samples, dict(sums))
+        self._points[-1].add(seconds, self.num_steps, self.num_samples, num_samples, sums)
 
     def points(self) -> tuple[Point, ...]:
         """The course so far."""
@@ -96,8 +95,13 @@ class Recorder:
 
 
 @dataclass
-class _Sums:
-    """A point in the making: sums weighted by samples."""
+class Sums:
+    """A point in the making.
+
+    Attributes:
+        weight: rows added.
+        sums: by fetch name, over those rows.
+    """
 
     seconds: float = 0.0
     num_steps: int = 0
@@ -106,18 +110,20 @@ class _Sums:
     sums: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, exported: PointSums) -> _Sums:
+    def of(cls, exported: PointSums) -> Sums:
         return cls(**{**vars(exported), "sums": dict(exported.sums)})
 
     def export(self) -> PointSums:
         return PointSums(**{**vars(self), "sums": dict(self.sums)})
 
-    def add(self, seconds: float, num_steps: int, num_samples: int, weight: int, sums: dict[str, Any]) -> None:
+    def add(self, seconds: float, num_steps: int, num_samples: int, weight: int, sums: Mapping[str, float]) -> None:
+        """Adds a push; `num_steps` and `num_samples` are the run's so far."""
         self.seconds, self.num_steps, self.num_samples = seconds, num_steps, num_samples
         self.weight += weight
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def point(self) -> Point:
+        """The means over the rows; none where there are no rows."""
         means = {name: total / self.weight for name, total in self.sums.items()} if self.weight else {}
         return Point(self.seconds, self.num_steps, self.num_samples, means)

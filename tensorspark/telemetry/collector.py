@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
+from tensorspark.history.recorder import Sums
+from tensorspark.history.reports import Point
 from tensorspark.telemetry.clocks import ClockBounds
 from tensorspark.telemetry.notes import Note
 from tensorspark.telemetry.records import Activity, LogLine, Span, TrainingPoint, WorkerEvent
@@ -26,6 +29,7 @@ _MAX_WITH_SPANS = 2000  # of more partitions there is nothing to see, and much t
 _MAX_TRACED = 100_000
 _MAX_UNSETTLED = 10_000
 _FEW = 32  # of which a loop is quicker than numpy
+_Kind = TypeVar("_Kind", bound=str)
 _ACTIVITIES = tuple(Activity)
 _CODES = {activity: code for code, activity in enumerate(_ACTIVITIES)}
 
@@ -60,7 +64,8 @@ class Collector:
         self.dirty: set[int] = set()
         self._busy = [_Busy() for _ in range(num_partitions)]
         self._max_spans = min(max(_MAX_SPANS // max(1, num_partitions), _MIN_SPANS), _MAX_SPANS_A_PARTITION)
-        self._points: list[_PointInTheMaking] = []
+        self._points: list[Sums] = []
+        self._point_began = 0.0
         self._events: list[WorkerEvent] = []
         self._logs: list[LogLine] = []
         self._num_dropped_logs = 0
@@ -136,8 +141,9 @@ class Collector:
         self._total_staleness += max(staleness, 0)
         points = self._points
         seconds = now - self.began_at
-        if not points or (seconds - points[-1].began >= _POINT_S and len(points) < _MAX_POINTS):
-            points.append(_PointInTheMaking(seconds))
+        if not points or (seconds - self._point_began >= _POINT_S and len(points) < _MAX_POINTS):
+            points.append(Sums())
+            self._point_began = seconds
         points[-1].add(seconds, num_steps, num_samples, weight, sums)
 
     # What they say
@@ -171,7 +177,7 @@ class Collector:
     def take_points(self) -> tuple[TrainingPoint, ...]:
         """The points since they were taken last."""
         points, self._points = self._points, []
-        return tuple(point.finished() for point in points)
+        return tuple(_finished(sums.point()) for sums in points)
 
     def take_spans(self) -> tuple[Span, ...]:
         """The spans since they were taken last."""
@@ -257,32 +263,26 @@ class _Busy:
 
     def take_spans(self, partition: int) -> list[Span]:
         spans, self.spans = self.spans, []
-        began = self.sums_began_at
-        for activity, duration_s in self.sums.items():  # one behind the other: each as long as all of its kind
-            spans.append(Span(began, partition, activity, duration_s, is_sum=True))
-            began += duration_s
+        spans += summed(partition, self.sums_began_at, self.sums)
         self.sums, self.sums_began_at = {}, math.inf
         return spans
 
 
-@dataclass
-class _PointInTheMaking:
-    began: float
-    seconds: float = 0.0
-    num_steps: int = 0
-    num_samples: int = 0
-    weight: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
+def summed(partition: int, began: float, sums: Mapping[_Kind, float]) -> Iterator[Span]:
+    """A span for each activity, one behind the other: as long as all of its kind, which were too many.
 
-    def add(self, seconds: float, num_steps: int, num_samples: int, weight: int, sums: Mapping[str, float]) -> None:
-        self.seconds, self.num_steps, self.num_samples = seconds, num_steps, num_samples
-        self.weight += weight
-        for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+    Args:
+        began: when the first of them began.
+        sums: seconds, by activity.
+    """
+    for activity, duration_s in sums.items():
+        yield Span(began, partition, activity, duration_s, is_sum=True)
+        began += duration_s
 
-    def finished(self) -> TrainingPoint:
-        means = {name: finite(total / self.weight) for name, total in self.sums.items()} if self.weight else {}
-        return TrainingPoint(self.seconds, self.num_steps, self.num_samples, means)
+
+def _finished(point: Point) -> TrainingPoint:
+    scalars = {name: finite(mean) for name, mean in point.scalars.items()}
+    return TrainingPoint(point.seconds, point.num_steps, point.num_samples, scalars)
 
 
 def finite(value: float) -> float | None:

@@ -21,7 +21,7 @@ from tensorspark.telemetry.records import Activity, Sample, WorkerSample, Worker
 from tensorspark.telemetry.view import RunView
 
 RUN_LABEL = "run"
-"""The run's number on its server, which every series has."""
+"""The run's number in its session, which every series has."""
 MAX_PARTITIONS = 200
 """A run of more has no series with the label ``partition``."""
 MAX_TENSORS = 100

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from tensorspark.telemetry.collector import summed
 from tensorspark.telemetry.records import (
     Record,
     RunEnded,
@@ -102,6 +103,4 @@ def _thinned(spans: list[Span]) -> Iterator[Span]:
         for span in of_one[_MAX_SINGLE:]:
             sums[span.activity] = sums.get(span.activity, 0.0) + span.duration_s
         began = min((span.seconds for span in of_one[_MAX_SINGLE:]), default=0.0)
-        for activity, duration_s in sums.items():  # one behind the other, as `Collector` has them
-            yield Span(began, partition, activity, duration_s, is_sum=True)
-            began += duration_s
+        yield from summed(partition, began, sums)

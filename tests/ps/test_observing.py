@@ -656,7 +656,6 @@ def begin_watch(watched: Watched, view: RunView, *sinks: Any, wants_weights: boo
         view,
         sinks,
         BEGAN,
-        began_at=time.monotonic(),
         log_dir=None,
         trace=next((sink for sink in sinks if isinstance(sink, TraceFile)), None),
         wants_weights=lambda: wants_weights,
