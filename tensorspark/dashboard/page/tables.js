@@ -96,7 +96,7 @@ function drawFacts() {
     ["Steps", count(state.num_steps)],
     ["Samples", si(state.num_samples)],
     ["Samples/s", state.outcome === "running" ? si(state.samples_per_s) : `⌀ ${si(state.num_samples / state.seconds)}`],
-    ["Epoch", epochs ? `${state.epoch} of ${run.num_epochs}` : `of ${run.num_epochs}`],
+    [epochs ? "Epoch" : "Epochs", epochs ? `${state.epoch} of ${run.num_epochs}` : count(run.num_epochs)],
     ["Live", `${count(state.num_live)} / ${count(run.num_partitions)}`],
     ["Lost", count(state.num_lost), state.num_lost ? "lost" : ""],
   ]);
