@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.measuring.report import Report, median_ratio, say
-from tensorspark.data.tfrecord.decoding import Decoder
-from tensorspark.data.tfrecord.encoding import Encoder
-from tensorspark.data.tfrecord.framing import Records, framed, open_writer, read_records
+from tensorspark.data.tfrecord.format.decoding import Decoder
+from tensorspark.data.tfrecord.format.encoding import Encoder
+from tensorspark.data.tfrecord.format.framing import Records, framed, open_writer, read_records
 
 _BATCH_ROWS = 1000
 _NUM_PIXELS = 784

@@ -13,16 +13,16 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql.types import StructType
 
-from tensorspark.data.tfrecord.decoding import Decoder
-from tensorspark.data.tfrecord.encoding import Encoder
-from tensorspark.data.tfrecord.framing import Records
-from tensorspark.data.tfrecord.inference import infer_schema, merge_schemas
+from tensorspark.data.tfrecord.format.decoding import Decoder
+from tensorspark.data.tfrecord.format.encoding import Encoder
+from tensorspark.data.tfrecord.format.framing import Records
+from tensorspark.data.tfrecord.format.inference import infer_schema, merge_schemas
+from tensorspark.data.tfrecord.format.types import RecordType
 from tensorspark.data.tfrecord.options import Options
-from tensorspark.data.tfrecord.paths import DataFile, codec_of, list_files, pack
-from tensorspark.data.tfrecord.source import NAMES, register_tfrecord
-from tensorspark.data.tfrecord.source_files import as_binary, completed, infer, infer_records
-from tensorspark.data.tfrecord.source_schema import spark_schema
-from tensorspark.data.tfrecord.types import RecordType
+from tensorspark.data.tfrecord.source.data_source import NAMES, register_tfrecord
+from tensorspark.data.tfrecord.source.schema import spark_schema
+from tensorspark.data.tfrecord.storage.paths import DataFile, codec_of, list_files, pack
+from tensorspark.data.tfrecord.storage.reading import as_binary, completed, infer, infer_records
 from tensorspark.errors import ConfigError
 
 _CHUNK_ROWS = 1024

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from tensorspark.data.tfrecord.framing import MAX_RECORD_BYTES, Codec
-from tensorspark.data.tfrecord.types import RECORD_TYPES, RecordType
+from tensorspark.data.tfrecord.format.framing import MAX_RECORD_BYTES, Codec
+from tensorspark.data.tfrecord.format.types import RECORD_TYPES, RecordType
 from tensorspark.errors import ConfigError
 
 T = TypeVar("T")

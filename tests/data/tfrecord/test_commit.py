@@ -10,8 +10,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tensorspark.data.tfrecord import commit
-from tensorspark.data.tfrecord.commit import (
+from tensorspark.data.tfrecord.storage import commit
+from tensorspark.data.tfrecord.storage.commit import (
     TaskFiles,
     TaskOutput,
     WriteJob,

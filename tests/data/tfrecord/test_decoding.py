@@ -14,8 +14,8 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorspark.data.tfrecord.decoding import Decoder
-from tensorspark.data.tfrecord.framing import Records
+from tensorspark.data.tfrecord.format.decoding import Decoder
+from tensorspark.data.tfrecord.format.framing import Records
 from tensorspark.errors import FeedError
 from tests.data.tfrecord.messages import (
     Row,

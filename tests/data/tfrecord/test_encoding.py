@@ -14,9 +14,9 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorspark.data.tfrecord.decoding import Decoder
-from tensorspark.data.tfrecord.encoding import Encoder
-from tensorspark.data.tfrecord.framing import Records, frame
+from tensorspark.data.tfrecord.format.decoding import Decoder
+from tensorspark.data.tfrecord.format.encoding import Encoder
+from tensorspark.data.tfrecord.format.framing import Records, frame
 from tensorspark.errors import ConfigError, FeedError
 from tests.data.tfrecord.messages import Row, comparable, example, sequence_example, tables
 
@@ -71,7 +71,7 @@ def test_buffers_larger_than_a_views_reach_are_given_in_windows(table: tuple[pa.
     schema, rows = table
     with pytest.MonkeyPatch.context() as patch:
         # Two to this are 1 GiB: small here, so that there are several.
-        patch.setattr("tensorspark.data.tfrecord.ragged._WINDOW_BITS", bits)
+        patch.setattr("tensorspark.data.tfrecord.format.ragged._WINDOW_BITS", bits)
         payloads = _payloads(schema, rows)
         back = Decoder(schema).decode(Records.of(payloads))
     assert comparable(back.to_pylist()) == comparable(rows)

@@ -17,7 +17,7 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorspark.data.tfrecord.framing import (
+from tensorspark.data.tfrecord.format.framing import (
     Codec,
     Records,
     frame,

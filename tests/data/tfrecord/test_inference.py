@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tensorspark.data.tfrecord.decoding import Decoder
-from tensorspark.data.tfrecord.framing import Records
-from tensorspark.data.tfrecord.inference import infer_schema, merge_schemas
+from tensorspark.data.tfrecord.format.decoding import Decoder
+from tensorspark.data.tfrecord.format.framing import Records
+from tensorspark.data.tfrecord.format.inference import infer_schema, merge_schemas
 from tensorspark.errors import ConfigError, FeedError
 from tests.data.tfrecord.messages import delimited, example_of, packed_floats, packed_ints, strings
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from tensorspark.data.tfrecord.options import Options
-from tensorspark.data.tfrecord.paths import (
+from tensorspark.data.tfrecord.storage.paths import (
     DataFile,
     codec_of,
     directory_name,

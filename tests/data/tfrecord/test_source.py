@@ -15,8 +15,8 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from tensorspark.data.tfrecord.encoding import Encoder
-from tensorspark.data.tfrecord.framing import frame
+from tensorspark.data.tfrecord.format.encoding import Encoder
+from tensorspark.data.tfrecord.format.framing import frame
 from tests.hadoop.cluster import HdfsCluster
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ TYPES = "id bigint, flag boolean, small int, ratio float, wide double, name stri
 @pytest.fixture(scope="module")
 def session(spark: SqlSession) -> SqlSession:
     """A session that knows the format."""
-    from tensorspark.data.tfrecord.source import register_tfrecord
+    from tensorspark.data.tfrecord.source.data_source import register_tfrecord
 
     register_tfrecord(spark)
     return spark

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def session(spark: SqlSession) -> SqlSession:
     """A session that knows the format."""
-    from tensorspark.data.tfrecord.source import register_tfrecord
+    from tensorspark.data.tfrecord.source.data_source import register_tfrecord
 
     register_tfrecord(spark)
     return spark
@@ -75,15 +75,15 @@ def test_files_that_are_too_old_and_files_seen_are_left_out() -> None:
     from pyspark.sql.streaming.datasource import ReadAllAvailable, ReadMaxFiles
     from pyspark.sql.types import StructType
 
-    from tensorspark.data.tfrecord import source_stream
     from tensorspark.data.tfrecord.options import Options
-    from tensorspark.data.tfrecord.paths import DataFile
+    from tensorspark.data.tfrecord.source import stream
+    from tensorspark.data.tfrecord.storage.paths import DataFile
 
     day_us = 86_400_000_000
     present = [DataFile("/in", f"/in/{name}", 1, time_us) for name, time_us in (("b", 9 * day_us), ("a", 5 * day_us))]
-    reader = source_stream.TFRecordStreamReader(StructType(), Options(("/in",), max_file_age_s=2 * 86_400))
+    reader = stream.TFRecordStreamReader(StructType(), Options(("/in",), max_file_age_s=2 * 86_400))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(source_stream, "list_files", lambda options: list(present))
+        patch.setattr(stream, "list_files", lambda options: list(present))
         first = reader.latestOffset(reader.initialOffset(), ReadMaxFiles(1))
         second = reader.latestOffset(first, ReadAllAvailable())
         # Late by a day: within the age. Late by three: taken for seen, as are a and b.

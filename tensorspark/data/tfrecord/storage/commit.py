@@ -28,7 +28,7 @@ import fsspec
 
 from tensorspark.data.filesystem import TRANSFER_DEADLINE_S, attempt, open_filesystem, write_then_rename
 from tensorspark.data.tfrecord.options import Locality
-from tensorspark.data.tfrecord.paths import SETTING, base_name, children, describe, is_hidden, is_local
+from tensorspark.data.tfrecord.storage.paths import SETTING, base_name, children, describe, is_hidden, is_local
 from tensorspark.errors import ConfigError, StagingError
 
 T = TypeVar("T")

@@ -12,12 +12,19 @@ from pyspark.sql.datasource import DataSourceArrowWriter, DataSourceStreamArrowW
 from pyspark.sql.types import StructType
 
 from tensorspark.data.filesystem import TRANSFER_DEADLINE_S, attempt, open_filesystem
-from tensorspark.data.tfrecord.commit import TaskFiles, TaskOutput, WriteJob, abort_job, commit_batch, commit_job
-from tensorspark.data.tfrecord.encoding import Encoder
+from tensorspark.data.tfrecord.format.encoding import Encoder
 from tensorspark.data.tfrecord.options import Options, SaveMode
-from tensorspark.data.tfrecord.paths import SETTING, describe, is_local
-from tensorspark.data.tfrecord.source_rows import RowWriter
-from tensorspark.data.tfrecord.source_schema import arrow_schema, check_partition_columns
+from tensorspark.data.tfrecord.source.schema import arrow_schema, check_partition_columns
+from tensorspark.data.tfrecord.storage.commit import (
+    TaskFiles,
+    TaskOutput,
+    WriteJob,
+    abort_job,
+    commit_batch,
+    commit_job,
+)
+from tensorspark.data.tfrecord.storage.paths import SETTING, describe, is_local
+from tensorspark.data.tfrecord.storage.writing import RowWriter
 from tensorspark.errors import ConfigError
 
 # What Spark sets for the jobs of a streaming query.

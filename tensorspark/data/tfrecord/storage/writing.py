@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tensorspark.data.tfrecord.commit import OutputFile, TaskOutput
-from tensorspark.data.tfrecord.encoding import Encoder
-from tensorspark.data.tfrecord.framing import frame, open_writer
+from tensorspark.data.tfrecord.format.encoding import Encoder
+from tensorspark.data.tfrecord.format.framing import frame, open_writer
 from tensorspark.data.tfrecord.options import Options
-from tensorspark.data.tfrecord.paths import directory_name
+from tensorspark.data.tfrecord.storage.commit import OutputFile, TaskOutput
+from tensorspark.data.tfrecord.storage.paths import directory_name
 from tensorspark.errors import StagingError
 
 # Rows are encoded in slices of about this many bytes, so that memory does not grow with Spark's batches.

@@ -16,7 +16,7 @@ import crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorspark.data.tfrecord.compression import (
+from tensorspark.data.tfrecord.format.compression import (
     COMPRESSION_LEVEL,
     Codec,
     CompressingWriter,
@@ -28,7 +28,7 @@ from tensorspark.data.tfrecord.compression import (
     check_codec,
     open_writer,
 )
-from tensorspark.data.tfrecord.ragged import SLACK_BYTES, Bytes, Ints, Ragged, interleave
+from tensorspark.data.tfrecord.format.ragged import SLACK_BYTES, Bytes, Ints, Ragged, interleave
 from tensorspark.errors import ConfigError, FeedError
 
 __all__ = [

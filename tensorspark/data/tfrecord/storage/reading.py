@@ -12,12 +12,19 @@ import fsspec
 import pyarrow as pa
 
 from tensorspark.data.filesystem import TRANSFER_DEADLINE_S, attempt, open_filesystem
-from tensorspark.data.tfrecord.decoding import Decoder
-from tensorspark.data.tfrecord.framing import Records, read_records
-from tensorspark.data.tfrecord.inference import infer_schema
+from tensorspark.data.tfrecord.format.decoding import Decoder
+from tensorspark.data.tfrecord.format.framing import Records, read_records
+from tensorspark.data.tfrecord.format.inference import infer_schema
+from tensorspark.data.tfrecord.format.types import BYTE_ARRAY_COLUMN
 from tensorspark.data.tfrecord.options import Options
-from tensorspark.data.tfrecord.paths import SETTING, DataFile, codec_of, is_local, partition_schema, partition_value
-from tensorspark.data.tfrecord.types import BYTE_ARRAY_COLUMN
+from tensorspark.data.tfrecord.storage.paths import (
+    SETTING,
+    DataFile,
+    codec_of,
+    is_local,
+    partition_schema,
+    partition_value,
+)
 from tensorspark.errors import ConfigError, FeedError
 
 _log = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from tensorspark.data.tfrecord.ragged import Bytes, Ints, Ragged, byte_mask, words
-from tensorspark.data.tfrecord.types import BYTES, FLOATS, INTS, NO_KIND
-from tensorspark.data.tfrecord.wire import DELIMITED, FIXED32, VARINT, Fields, WireError, decode_varints, walk
+from tensorspark.data.tfrecord.format.ragged import Bytes, Ints, Ragged, byte_mask, words
+from tensorspark.data.tfrecord.format.types import BYTES, FLOATS, INTS, NO_KIND
+from tensorspark.data.tfrecord.format.wire import DELIMITED, FIXED32, VARINT, Fields, WireError, decode_varints, walk
 
 FEATURES, FEATURE_LISTS = 1, 2
 _KEY, _VALUE = 1, 2

@@ -10,9 +10,9 @@ from pyspark.sql.datasource import DataSourceReader, InputPartition
 from pyspark.sql.types import StructType
 
 from tensorspark.data.tfrecord.options import Options
-from tensorspark.data.tfrecord.paths import DataFile, list_files, pack
-from tensorspark.data.tfrecord.source_files import read_batches
-from tensorspark.data.tfrecord.source_schema import arrow_schema
+from tensorspark.data.tfrecord.source.schema import arrow_schema
+from tensorspark.data.tfrecord.storage.paths import DataFile, list_files, pack
+from tensorspark.data.tfrecord.storage.reading import read_batches
 
 
 @dataclass

@@ -24,11 +24,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tensorspark.data.tfrecord import features
-from tensorspark.data.tfrecord.features import Entries, Lists, Messages, Values
-from tensorspark.data.tfrecord.framing import Records
-from tensorspark.data.tfrecord.ragged import Ints, Ragged
-from tensorspark.data.tfrecord.types import (
+from tensorspark.data.tfrecord.format import features
+from tensorspark.data.tfrecord.format.features import Entries, Lists, Messages, Values
+from tensorspark.data.tfrecord.format.framing import Records
+from tensorspark.data.tfrecord.format.ragged import Ints, Ragged
+from tensorspark.data.tfrecord.format.types import (
     KIND_NAMES,
     NO_KIND,
     FeatureType,
@@ -37,7 +37,7 @@ from tensorspark.data.tfrecord.types import (
     check_record_type,
     feature_type,
 )
-from tensorspark.data.tfrecord.wire import WireError
+from tensorspark.data.tfrecord.format.wire import WireError
 from tensorspark.errors import FeedError
 
 _MAX_INT32 = 2**31 - 1

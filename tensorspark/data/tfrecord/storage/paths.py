@@ -18,7 +18,7 @@ import fsspec
 import pyarrow as pa
 
 from tensorspark.data.filesystem import TRANSFER_DEADLINE_S, attempt, open_filesystem
-from tensorspark.data.tfrecord.framing import Codec
+from tensorspark.data.tfrecord.format.framing import Codec
 from tensorspark.data.tfrecord.options import Options
 from tensorspark.errors import ConfigError
 

@@ -27,10 +27,10 @@ from pyspark.sql.streaming.datasource import (
 from pyspark.sql.types import StructType
 
 from tensorspark.data.tfrecord.options import Options
-from tensorspark.data.tfrecord.paths import DataFile, list_files
-from tensorspark.data.tfrecord.source_files import read_batches
-from tensorspark.data.tfrecord.source_read import FilePartition, partitions_of
-from tensorspark.data.tfrecord.source_schema import arrow_schema
+from tensorspark.data.tfrecord.source.reader import FilePartition, partitions_of
+from tensorspark.data.tfrecord.source.schema import arrow_schema
+from tensorspark.data.tfrecord.storage.paths import DataFile, list_files
+from tensorspark.data.tfrecord.storage.reading import read_batches
 
 _log = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow as pa
 
-from tensorspark.data.tfrecord import features
-from tensorspark.data.tfrecord.features import Entries, Messages
-from tensorspark.data.tfrecord.framing import Records
-from tensorspark.data.tfrecord.ragged import Ints, Ragged
-from tensorspark.data.tfrecord.types import (
+from tensorspark.data.tfrecord.format import features
+from tensorspark.data.tfrecord.format.features import Entries, Messages
+from tensorspark.data.tfrecord.format.framing import Records
+from tensorspark.data.tfrecord.format.ragged import Ints, Ragged
+from tensorspark.data.tfrecord.format.types import (
     BYTE_ARRAY_COLUMN,
     BYTES,
     FLOATS,
@@ -29,7 +29,7 @@ from tensorspark.data.tfrecord.types import (
     RecordType,
     check_record_type,
 )
-from tensorspark.data.tfrecord.wire import WireError
+from tensorspark.data.tfrecord.format.wire import WireError
 from tensorspark.errors import ConfigError, FeedError
 
 # By rank.

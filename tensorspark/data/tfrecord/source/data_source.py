@@ -11,7 +11,7 @@
 - `DataFrameWriter.partitionBy`: Spark refuses it. The option ``partitionBy`` takes its place.
 - Which columns a query needs: all columns of the schema are decoded. A schema with fewer columns makes a read faster.
 - Which rows a query needs, where directories give columns: Spark hands filters on, but forgets whose they are
-  (`source_read`). Load the directories that are wanted, with the option ``basePath``.
+  (`reader`). Load the directories that are wanted, with the option ``basePath``.
 - Streaming reads need pyspark 4.2.
 """
 
@@ -31,11 +31,11 @@ from pyspark.sql.datasource import (
 from pyspark.sql.types import StructType
 
 from tensorspark.data.tfrecord.options import Options
-from tensorspark.data.tfrecord.paths import list_files
-from tensorspark.data.tfrecord.source_files import infer
-from tensorspark.data.tfrecord.source_read import TFRecordReader
-from tensorspark.data.tfrecord.source_schema import spark_schema
-from tensorspark.data.tfrecord.source_write import TFRecordStreamWriter, TFRecordWriter
+from tensorspark.data.tfrecord.source.reader import TFRecordReader
+from tensorspark.data.tfrecord.source.schema import spark_schema
+from tensorspark.data.tfrecord.source.writer import TFRecordStreamWriter, TFRecordWriter
+from tensorspark.data.tfrecord.storage.paths import list_files
+from tensorspark.data.tfrecord.storage.reading import infer
 from tensorspark.errors import ConfigError
 
 NAMES = ("tfrecord", "tfrecords")
@@ -78,7 +78,7 @@ class TFRecordSource(DataSource):
     def streamReader(self, schema: StructType) -> DataSourceStreamReader:
         """A reader for a streaming query; raises ConfigError on a pyspark that is too old."""
         try:
-            from tensorspark.data.tfrecord.source_stream import TFRecordStreamReader
+            from tensorspark.data.tfrecord.source.stream import TFRecordStreamReader
         except ImportError as error:
             raise ConfigError("reading a stream of TFRecords needs pyspark 4.2 or later: upgrade pyspark") from error
         return TFRecordStreamReader(schema, self._parsed())

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from tensorspark.data.tfrecord.framing import Records
-from tensorspark.data.tfrecord.ragged import Bytes, Ints, Ragged, interleave
-from tensorspark.data.tfrecord.types import (
+from tensorspark.data.tfrecord.format.framing import Records
+from tensorspark.data.tfrecord.format.ragged import Bytes, Ints, Ragged, interleave
+from tensorspark.data.tfrecord.format.types import (
     BYTES,
     FLOATS,
     INTS,
@@ -26,7 +26,7 @@ from tensorspark.data.tfrecord.types import (
     check_record_type,
     feature_type,
 )
-from tensorspark.data.tfrecord.wire import encode_varints, put_varints, varint_widths
+from tensorspark.data.tfrecord.format.wire import encode_varints, put_varints, varint_widths
 from tensorspark.errors import ConfigError, FeedError
 
 Mask = NDArray[np.bool_]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from tensorspark.data.tfrecord.ragged import Bytes, Ints, Ragged, byte_mask, with_slack, words
+from tensorspark.data.tfrecord.format.ragged import Bytes, Ints, Ragged, byte_mask, with_slack, words
 
 VARINT, FIXED64, DELIMITED, FIXED32 = 0, 1, 2, 5
 MAX_VARINT_BYTES = 10

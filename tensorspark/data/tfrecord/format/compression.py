@@ -7,7 +7,7 @@ from typing import IO, Literal, Protocol
 
 import numpy as np
 
-from tensorspark.data.tfrecord.ragged import Bytes
+from tensorspark.data.tfrecord.format.ragged import Bytes
 from tensorspark.errors import ConfigError
 
 Codec = Literal["gzip", "zlib"]

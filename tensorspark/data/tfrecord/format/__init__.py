@@ -1,0 +1,1 @@
+"""What TFRecord files hold: framing and checksums, and `tf.train.Example` messages from and to Arrow record batches."""

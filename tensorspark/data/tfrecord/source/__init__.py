@@ -1,0 +1,1 @@
+"""TFRecord as a data source of Spark: batch and streaming, reading and writing."""
