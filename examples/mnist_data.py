@@ -29,7 +29,7 @@ DATA_DIR_VARIABLE = "MNIST_DATA_DIR"
 DOWNLOAD_DEADLINE_S = 120.0
 
 _MNIST_SOURCE = "MNIST"
-_DIGITS_SOURCE = "scikit-learn digits (1,797 scans of 8x8 pixels scaled to 28x28; not MNIST)"
+DIGITS = "scikit-learn digits (1,797 scans of 8x8 pixels scaled to 28x28; not MNIST)"
 
 # In the order of MnistFiles' fields. Some copies of MNIST write the second "-" as a ".".
 _ROLES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -177,7 +177,7 @@ def _mnist_in(directory: Path) -> MnistFiles | None:
 
 
 def _digits_in(directory: Path) -> MnistFiles | None:
-    return _files_in(directory, "digits-", _DIGITS_SOURCE)
+    return _files_in(directory, "digits-", DIGITS)
 
 
 def _files_in(directory: Path, prefix: str, source: str) -> MnistFiles | None:

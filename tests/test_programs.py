@@ -14,8 +14,7 @@ from benchmarks.clusters.standalone import BIN, StandaloneCluster, free_port
 from tests.hadoop.cluster import HdfsCluster
 from tests.programs import environment, execute
 
-# The embedded digits reach 0.9 with a few steps; chance is 0.1. A learning rate of 0.5 leaves that to the order of the
-# rows, from 0.80 to 0.97, so that what is trained at it here has a seed.
+# The embedded digits reach 0.9 with a few steps; chance is 0.1.
 LEARNED = 0.85
 
 
@@ -23,8 +22,10 @@ def readme_program() -> str:
     """The README's first Python block, on a free port instead of 10080, and with an interval and a rate for the digits.
 
     The embedded digits make 8 steps of an epoch for each of two workers: at an interval of 100 each worker's push would
-    hold a whole epoch, and adding up two such deltas overshoots at a learning rate of 0.5. With so few steps that rate
-    ends between 0.80 and 0.97 by the order of the rows; at 0.2 all of 16 runs end between 0.94 and 0.96.
+    hold a whole epoch, and adding up two such deltas overshoots at a learning rate of 0.5. On these rows descent is
+    stable below 2 / 47 = 0.042 (47: half the largest eigenvalue of the pixels' second moments).
+    Above it the order of the rows and of the pushes decides: of 800 simulated runs at 0.2 one ended at 0.70, and a real
+    one at 0.66. At 0.04 all of 750 end between 0.91 and 0.94.
     """
     text = (REPOSITORY / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -32,7 +33,7 @@ def readme_program() -> str:
     changes = {
         "server_port=10080": f"server_port={free_port()}",
         "sync_interval=100": "sync_interval=2",
-        "GradientDescentOptimizer(0.5)": "GradientDescentOptimizer(0.2)",
+        "GradientDescentOptimizer(0.5)": "GradientDescentOptimizer(0.04)",
     }
     for old, new in changes.items():
         assert program.count(old) == 1
@@ -180,8 +181,8 @@ def test_training_reads_from_hdfs_stages_there_as_the_user_and_leaves_checkpoint
         "    seen.extend(filesystem.ls('/user-me', detail=False))\n"
         "    remove(self)\n"
         "mnist.SparkSession.close = close\n"
-        f"mnist.train(sc, user='me', server_port=0, num_partition=2, num_epoch=2, sync_interval=2, seed=0, "
-        f"data_dir={hdfs.url!r} + '/mnist')\n"
+        f"mnist.train(sc, user='me', server_port=0, num_partition=2, num_epoch=4, sync_interval=2, seed=0, "
+        f"learning_rate=0.05, data_dir={hdfs.url!r} + '/mnist')\n"
         "left = sorted({path.split('/')[-2].rpartition('-')[0] for path in filesystem.find('/user-me')})\n"
         "print('staged while open:', len(seen), 'after close:', left)\n"
     )
