@@ -1,13 +1,21 @@
-"""What pages are given when the site is built: the list of settings. What their comments tell the tests is left out."""
+"""What pages are given when the site is built: the lists of settings and of TFRecord options.
+
+What their comments tell the tests is left out.
+"""
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
 from tensorspark.config import SETTINGS, Setting, parse_size_bytes, parse_time_s
+from tensorspark.data.tfrecord.options import Options
 
 SETTINGS_PLACE = "<!-- settings -->"
+TFRECORD_OPTIONS_PLACE = "<!-- tfrecord options -->"
+# An attribute of `Options` begins with the option's name: "codec: `codec`: none, gzip, ...".
+_OPTION = re.compile(r"^    \w+: `(?P<name>\w+)`:? (?P<text>.*(?:\n {8}.*)*)", re.MULTILINE)
 _FOR_TESTS = re.compile(r"^<!-- (?:setup|not run|in the tests|fmt)\b.*?-->\n", re.MULTILINE | re.DOTALL)
 _SIZES = ((2**30, "g"), (2**20, "m"), (2**10, "k"))
 # What stands for "not set" is no value: SETTINGS says in words what happens then.
@@ -18,12 +26,26 @@ _MACHINES_OWN = {"tmp_dir": "the system's, such as `/tmp`"}
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs for each page."""
-    return _FOR_TESTS.sub("", markdown).replace(SETTINGS_PLACE, settings_list())
+    shown = _FOR_TESTS.sub("", markdown).replace(SETTINGS_PLACE, settings_list())
+    return shown.replace(TFRECORD_OPTIONS_PLACE, tfrecord_options())
 
 
 def settings_list() -> str:
     """A Markdown heading and a paragraph for each setting; a heading's anchor is the setting's field."""
     return "\n\n".join(map(_entry, SETTINGS))
+
+
+def tfrecord_options() -> str:
+    """A table of the options of the TFRecord data source, from the docstring of `Options`.
+
+    >>> print(tfrecord_options().splitlines()[2])
+    | `recordType` | `Example` (default), `SequenceExample` or `ByteArray`. |
+    """
+    rows = ["| option | what it does |", "|---|---|"]
+    for option in _OPTION.finditer(inspect.getdoc(Options) or ""):
+        text = " ".join(option["text"].split()).replace("``", "`")
+        rows.append(f"| `{option['name']}` | {text[0].upper()}{text[1:]} |")
+    return "\n".join(rows)
 
 
 def _entry(setting: Setting) -> str:

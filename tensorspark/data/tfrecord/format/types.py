@@ -1,25 +1,8 @@
-"""Which Arrow (and so Spark) types TFRecord features hold, and what is lost on the way.
+"""Which Arrow (and so Spark) types TFRecord features hold; docs/tfrecord.md has the table, with what is lost on the way.
 
-=============================  ============  =====================================================================
-Spark, Arrow                   feature       what differs
-=============================  ============  =====================================================================
-boolean                        Int64List     1 and 0; read back, all but 0 is true. The Scala connectors refuse it.
-byte, short, int, long         Int64List     exact. Read as a narrower type, a value out of its range is an error
-                                             (the connectors drop the high bits).
-float                          FloatList     exact, NaN's payload included.
-double                         FloatList     rounded to float32: about 7 digits; beyond 3.4e38 it becomes infinite.
-decimal                        FloatList     rounded to float32; read back, rounded to the column's scale.
-string                         BytesList     exact. Read back, bytes that are no UTF-8 are an error (the connectors
-                                             put U+FFFD in their place).
-binary                         BytesList     exact.
-array of these                 the same      exact but for the above; a null inside is an error.
-array of arrays of these       FeatureList   SequenceExample alone, under its feature_lists; all else under context.
-void                           none          written as a missing feature, read as null.
-=============================  ============  =====================================================================
-
-A null column value is written as no feature at all, and a missing feature is read as null, as is one of no kind. An
-empty array is written as a list without values and read back as an empty array; for a single value that is null. A
-single value's column takes a list of exactly one (the connectors take the first and drop the others).
+Integers and booleans are an Int64List, floats and decimals a FloatList of float32, strings and binary a BytesList; an
+array has several values in one list, an array of arrays is a FeatureList. A null column value is written as no feature
+at all, and a missing feature is read as null, as is one of no kind.
 """
 
 from __future__ import annotations
