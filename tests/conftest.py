@@ -61,6 +61,7 @@ def sc() -> Iterator[SparkContext]:
         .setAppName("tensorspark tests")
         .set("spark.ui.enabled", "false")
         .set("spark.log.level", "OFF")
+        .set("spark.python.daemon.module", "tensorspark.daemon")
         .set("spark.driver.host", "127.0.0.1")
         .set("spark.driver.bindAddress", "127.0.0.1")
     )

@@ -93,6 +93,7 @@ def _start_spark() -> SparkSession:
         SparkConf()
         .setMaster("local[2,2]")
         .setAppName("pages of the documentation")
+        .set("spark.python.daemon.module", "tensorspark.daemon")
         .set("spark.ui.enabled", "false")
         .set("spark.log.level", "OFF")
         .set("spark.sql.shuffle.partitions", "2")
