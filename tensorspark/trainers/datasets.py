@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ with quiet():
     import tensorflow as tf
 
 _BLOCK_ROWS = 256
+# Of an error of `tf.data`, what the op or the Python code within it said, without what TensorFlow puts around it.
+_SAID = re.compile(r"(?:\{\{.*?\}\} )?(.*?)(?:\nTraceback |\n+\t \[\[| \[Op:|$)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class DatasetDecoder:
                 continue
             dataset = self.dataset_fn(context)
             _require_dataset(dataset)
-            for block in dataset.batch(_BLOCK_ROWS).as_numpy_iterator():
+            for block in _blocks(dataset, partition):
                 values = [np.asarray(value) for value in tf.nest.flatten(block)]
                 yield tuple(self._fitted(v, c, partition) for v, c in zip(values, self.columns, strict=True))
 
@@ -83,6 +86,14 @@ def dataset_decoder(
                 f"single rows, not batches (leave batch() out)"
             )
     return DatasetDecoder(columns, dataset_fn), weighted
+
+
+def _blocks(dataset: Any, partition: int) -> Iterator[Any]:
+    try:
+        yield from dataset.batch(_BLOCK_ROWS).as_numpy_iterator()
+    except tf.errors.OpError as error:
+        said = _SAID.match(error.message)
+        raise FeedError(f"partition {partition}: {said[1] if said else error.message}") from error
 
 
 def _require_dataset(dataset: Any) -> None:

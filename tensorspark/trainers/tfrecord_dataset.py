@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 _BATCH_RECORDS = 1024
 _NUM_PREFETCHED = 2
 # What TensorFlow puts around what it says of a record.
+_UNPARSABLE = (tf.errors.InvalidArgumentError, UnicodeDecodeError)  # the latter where it would quote a record
 _AROUND = re.compile(r"^\{\{.*?\}\} |Name: <unknown>, | \[Op:\w+\].*", re.DOTALL)
 
 
@@ -69,7 +70,7 @@ def tfrecord_dataset(
                 "image": tf.io.FixedLenFeature([784], tf.float32),
                 "label": tf.io.FixedLenFeature([], tf.int64),
             }
-            rows = ts.data.tfrecord_dataset(context, "hdfs://namenode:8020/mnist/train", features)
+            rows = ts.tfrecord_dataset(context, "hdfs://namenode:8020/mnist/train", features)
             return rows.map(lambda row: (row["image"], row["label"]))
 
         session.fit(read, epochs=3)
@@ -165,18 +166,19 @@ def _parsed(
 ) -> Any:
     try:
         return tf.io.parse_example(serialized, features)
-    except tf.errors.InvalidArgumentError as error:
-        first_error = error
+    except _UNPARSABLE as error:
+        of_batch = error
     # TensorFlow does not always say which record it was.
     for payload, number in zip(serialized, (records.first_index + chosen).tolist(), strict=True):
         try:
             tf.io.parse_example([payload], features)
-        except tf.errors.InvalidArgumentError as error:
+        except _UNPARSABLE as error:
+            said = _AROUND.sub("", str(error)) if isinstance(error, tf.errors.OpError) else "it cannot be parsed"
             raise FeedError(
                 f"{records.name}: record {number}: expected a tf.train.Example with {', '.join(features)} as features "
-                f"says, got another: {_AROUND.sub('', error.message)}"
-            ) from error
-    raise first_error
+                f"says, got another: {said}"
+            ) from None  # else its traceback is in what tf.data says of this
+    raise of_batch
 
 
 def _last_line(error: Exception) -> str:

@@ -20,13 +20,13 @@ from types import TracebackType
 from typing import Any, Self
 from xml.sax.saxutils import escape
 
+from tests.maven import resolve
+
 _POM = Path(__file__).with_name("pom.xml")
-_CLASSPATH_GOAL = "org.apache.maven.plugins:maven-dependency-plugin:3.6.1:build-classpath"
 _NAME_NODE = "org.apache.hadoop.hdfs.server.namenode.NameNode"
 _DATA_NODE = "org.apache.hadoop.hdfs.server.datanode.DataNode"
 _MIN_JAVA_VERSION = 17
 
-_RESOLVE_DEADLINE_S = 300.0
 _START_DEADLINE_S = 90.0
 _STOP_DEADLINE_S = 15.0
 _HTTP_DEADLINE_S = 10.0
@@ -213,40 +213,15 @@ def _free_ports(num_ports: int) -> list[int]:
 @functools.cache
 def _resolution() -> tuple[str, str | None]:
     """The classpath, and why there is none."""
-    missing = _missing_program()
-    if missing is not None:
-        return "", missing
-    with tempfile.TemporaryDirectory(prefix="tensorspark-hadoop-") as directory:
-        output = Path(directory, "classpath")
-        # Without the network first: where the jars are in Maven's repository already, it takes a second or two.
-        for offline in (["--offline"], []):
-            reason = _run_maven([*offline, _CLASSPATH_GOAL, f"-Dmdep.outputFile={output}", "-DincludeScope=runtime"])
-            if reason is None and output.is_file():
-                return output.read_text().strip(), None
-    return "", f"mvn could not resolve {_POM}: {reason or 'it wrote no classpath'}"
+    unfit = _unfit_java()
+    return ("", unfit) if unfit is not None else resolve(_POM)
 
 
-def _missing_program() -> str | None:
-    for program in ("java", "mvn"):
-        if shutil.which(program) is None:
-            return f"{program} is not on the PATH"
+def _unfit_java() -> str | None:
+    if shutil.which("java") is None:
+        return "java is not on the PATH"
     printed = subprocess.run(["java", "-version"], check=False, capture_output=True, text=True, timeout=60).stderr
     found = re.search(r'version "(\d+)', printed)
     if found is None or int(found[1]) < _MIN_JAVA_VERSION:
         return f"Java {_MIN_JAVA_VERSION} or newer is needed, `java -version` says: {printed.strip()}"
     return None
-
-
-def _run_maven(arguments: list[str]) -> str | None:
-    try:
-        ended = subprocess.run(
-            ["mvn", "--batch-mode", "--quiet", "--file", str(_POM), *arguments],
-            check=False,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_RESOLVE_DEADLINE_S,
-        )
-    except subprocess.TimeoutExpired:
-        return f"no end after {_RESOLVE_DEADLINE_S:g} s"
-    return None if ended.returncode == 0 else (ended.stdout + ended.stderr)[-2000:]

@@ -1,11 +1,12 @@
 """The options of the TFRecord data source: their names, values and defaults.
 
-Names are the Scala connectors' where those have one, and do not depend on case; names that are not here are ignored, as
-Spark's own sources do. The class `Options` documents each.
+Names are the Scala connectors' where those have one, and do not depend on case. A name that resembles one of these is
+refused; others are ignored, as Spark's own sources do. The class `Options` documents each.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -42,6 +43,9 @@ _SAVE_MODES: Mapping[str, SaveMode] = {
     "errorifexists": "error",
     "ignore": "ignore",
 }
+# What Spark passes itself, and what other sources call an option of ours.
+_SPARKS_NAMES = ("path", "paths", "checkpointlocation")
+_OTHERS_NAMES = {"compression": "codec", "mode": "saveMode", "samplingratio": "inferSchemaSampleRatio"}
 _BYTE_UNITS = {"": 1, "b": 1, "k": 2**10, "kb": 2**10, "m": MIB, "mb": MIB, "g": 2**30, "gb": 2**30}
 _SECOND_UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
@@ -53,35 +57,47 @@ class Options:
     Attributes:
         urls: `path`, or the list that `load` was given: files, directories or globs.
         record_type: `recordType`: ``Example`` (default), ``SequenceExample`` or ``ByteArray``.
-        codec: `codec`: none, gzip, zlib (or deflate), or the Hadoop codec's class name. A file that is read is of the
-            codec that its name ends in (.gz, .deflate, .zlib), and of this one where its name does not say.
-        partition_by: `partitionBy`: names of columns, between commas. Spark refuses `DataFrameWriter.partitionBy`
-            for sources in Python.
-        locality: `writeLocality`: ``distributed`` (default), or ``local``: each executor writes to its own disk.
-        save_mode: `saveMode`: ``append``, ``overwrite``, ``error`` or ``ignore``; None where not set. Spark hands only
-            append and overwrite to sources in Python, and refuses the default of `DataFrameWriter`, which is error: to
-            have error or ignore, write with ``mode("append")`` and this option.
-        overwrites_dynamically: `partitionOverwriteMode` is ``dynamic``: overwrite replaces only those partitions that
-            get rows.
-        sample_ratio: `inferSchemaSampleRatio`: share of the records from which a schema is inferred, above 0 to 1.
-        infer_max_bytes: `inferSchemaMaxBytes`: on disk, how much is read to infer a schema (default 256m, spread over
-            the files); 0 for all. Inference runs in one process on the driver.
-        binary_features: `binaryFeatures`: names between commas; inferred as binary where others are strings.
-        verifies: `verifyChecksum`: true (default) or false.
-        max_records_per_file: `maxRecordsPerFile`: of a file that is written; 0 (default) for no limit.
+        codec: `codec`: ``none`` (default), ``gzip``, ``zlib`` (or ``deflate``), or the class name of Hadoop's codec. A
+            file that is read is of the codec that its name ends in (.gz, .deflate, .zlib), and of this one where its
+            name does not say.
+        partition_by: `partitionBy`: names of columns, between commas. Spark refuses `DataFrameWriter.partitionBy` for
+            sources in Python.
+        locality: `writeLocality`: ``distributed`` (default), or ``local``: each executor writes to its own disk. A task
+            that Spark repeats on another host may leave its file on both, where nobody can take it back: leave
+            spark.speculation off.
+        save_mode: `saveMode`: ``append``, ``overwrite``, ``error`` or ``ignore``; default: the mode of the
+            `DataFrameWriter`. Spark hands only append and overwrite to sources in Python, and refuses the default of
+            `DataFrameWriter`, which is error: to have error or ignore, write with ``mode("append")`` and this option.
+        overwrites_dynamically: `partitionOverwriteMode`: ``static`` (default): overwrite replaces all that is there;
+            ``dynamic``: only those partitions that get rows.
+        sample_ratio: `inferSchemaSampleRatio`: share of the records from which a schema is inferred, above 0 to 1
+            (default).
+        infer_max_bytes: `inferSchemaMaxBytes`: how much is read to infer a schema, of what is on disk and spread over
+            the files (default 256m); 0 for all. ``format("tfrecord")`` infers in one process on the driver,
+            `load_tfrecords` reads all records on the executors.
+        binary_features: `binaryFeatures`: names between commas, of features that are inferred as binary where others
+            are strings.
+        verifies: `verifyChecksum`: whether lengths and payloads are compared with their checksums: ``true`` (default)
+            or ``false``.
+        max_records_per_file: `maxRecordsPerFile`: after so many a task begins another file; 0 for no limit. Default:
+            Spark's spark.sql.files.maxRecordsPerFile.
         max_record_bytes: `maxRecordBytes`: a record that says to be longer is taken for damaged (default 1g).
-        is_recursive: `recursiveFileLookup`: read files at any depth, and take no columns from names of directories.
-        base_path: `basePath`: directories from here down to a path that is read give columns too; None for none.
-        name_glob: `pathGlobFilter`: files' names must match; None for all.
-        skips_corrupt: `ignoreCorruptFiles`: whether the rest of a damaged file is skipped and counted in the log,
-            instead of an error.
+        is_recursive: `recursiveFileLookup`: ``true`` reads files at any depth, and takes no columns from names of
+            directories (default ``false``).
+        base_path: `basePath`: directories from here down to a path that is read give columns too.
+        name_glob: `pathGlobFilter`: read only files whose names match.
+        skips_corrupt: `ignoreCorruptFiles`: ``true`` skips the rest of a damaged file, and counts it in the log,
+            instead of an error. The log is the executor's; with spark.sql.pyspark.worker.logging.enabled (Spark 4.1)
+            the driver has it in `spark.tvf.python_worker_logs()`. Default: Spark's spark.sql.files.ignoreCorruptFiles.
         max_partition_bytes: `maxPartitionBytes`: files are packed to Spark partitions up to this; larger ones go alone.
-            Default: what spark.sql.files.maxPartitionBytes was when the source was registered.
-        open_cost_bytes: `openCostInBytes`: what opening a file counts as, likewise.
-        min_partitions: `minPartitionNum`: how many Spark partitions to aim at; likewise, or the cluster's parallelism.
+            Default: what spark.sql.files.maxPartitionBytes was when the source was registered, as for all of Spark's.
+        open_cost_bytes: `openCostInBytes`: what opening a file counts as. Default: Spark's
+            spark.sql.files.openCostInBytes.
+        min_partitions: `minPartitionNum`: how many Spark partitions to aim at. Default: Spark's
+            spark.sql.files.minPartitionNum, or the cluster's parallelism.
         max_files_per_trigger: `maxFilesPerTrigger`: of a streaming read; 0 for no limit (default 1000).
-        max_file_age_s: `maxFileAge`: a streaming read ignores files whose modification time is this much before
-            the latest seen, and remembers names for as long (default 1d).
+        max_file_age_s: `maxFileAge`: a streaming read ignores files whose modification time is this much before the
+            latest seen, and remembers names for as long (default 1d).
         user: `hdfsUser`: who to be on HDFS without Kerberos; empty for the process's own.
     """
 
@@ -114,14 +130,27 @@ class Options:
         """From what Spark hands a data source.
 
         Raises:
-            ConfigError: no path, or a value that cannot work; lists the valid ones.
+            ConfigError: no path, a value that cannot work, or a name that looks like a misspelled one; says what would
+                do.
         """
         lower = {name.lower(): str(value) for name, value in given.items()}
+        _check_names(given)
         values: dict[str, Any] = {"urls": _urls(lower)}
         for name, (field, parse) in _PARSERS.items():
             if (text := lower.get(name.lower())) is not None:
                 values[field] = parse(name, text.strip())
         return cls(**values)
+
+
+def _check_names(given: Iterable[str]) -> None:
+    known = {name.lower(): name for name in _PARSERS}
+    for name in given:
+        if name.lower() in known or name.lower() in _SPARKS_NAMES:
+            continue
+        near = difflib.get_close_matches(name.lower(), known, 1, cutoff=0.8)
+        meant = _OTHERS_NAMES.get(name.lower()) or (known[near[0]] if near else None)
+        if meant is not None:
+            raise ConfigError(f"{name}: expected the name of an option, which this is not; did you mean {meant}?")
 
 
 def _urls(lower: Mapping[str, str]) -> tuple[str, ...]:

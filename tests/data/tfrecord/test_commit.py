@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -142,6 +143,19 @@ def test_overwriting_dynamically_replaces_the_partitions_that_get_rows(target: s
     }
 
 
+def test_overwriting_dynamically_without_partitions_replaces_the_files_that_lie_there(target: str) -> None:
+    first, second = _job(target, "first"), _job(target, "second", replaces=True, is_dynamic=True)
+    commit_job(first, [_write(first, 0, "1-a", "old"), _write(first, 1, "2-a", "other", directory="p=1")])
+
+    commit_job(second, [_write(second, 0, "1-a", "new")])
+
+    assert _tree(second) == {
+        "part-00000-second-c000.tfrecord": "new",
+        "p=1/part-00001-first-c000.tfrecord": "other",
+        "_SUCCESS": "",
+    }
+
+
 def test_aborting_leaves_nothing(target: str) -> None:
     job = _job(target, existed=False)
     task = _write(job, 0, "1-a", "zero", directory="p=1")
@@ -176,12 +190,85 @@ def test_a_commit_that_fails_halfway_takes_back_what_it_moved(target: str) -> No
     first, second = _job(target, "first"), _job(target, "second", replaces=True)
     commit_job(first, [_write(first, 0, "1-a", "old")])
     written = _write(second, 0, "1-a", "new")
-    lost = TaskFiles("2-a", ("part-00001-second-c000.tfrecord",))
+    lost = TaskFiles("2-a", ("p=1/part-00001-second-c000.tfrecord",))
 
     with pytest.raises(StagingError, match="path: could not move files in"):
         commit_job(second, [written, lost])
 
-    assert _tree(second) == {"part-00000-first-c000.tfrecord": "old"}  # without _SUCCESS: a write failed here
+    assert _tree(second) == {"part-00000-first-c000.tfrecord": "old", "_SUCCESS": ""}
+    filesystem, path = second.open()
+    assert sorted(entry.rpartition("/")[2] for entry in filesystem.ls(path, detail=False)) == [
+        "_SUCCESS",
+        "part-00000-first-c000.tfrecord",
+    ]
+
+
+@pytest.mark.parametrize("is_dynamic", [False, True])
+def test_overwriting_shows_old_files_or_new_ones_and_never_both(
+    target: str, is_dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = _job(target, "first"), _job(target, "second", replaces=True, is_dynamic=is_dynamic)
+    olds = [_write(first, index, f"{index}-a", "old", directory=f"p={index}") for index in range(2)]
+    commit_job(first, olds)
+    news = [_write(second, index, f"{index}-a", "new", directory=f"p={index}") for index in range(2)]
+    seen: list[tuple[bool, set[str]]] = []
+
+    def looking(doing: str, url: str, operation: Callable[[], Any], *rest: Any) -> Any:
+        tree = {name: text for name, text in _tree(second).items() if not name.startswith(("_temp", "_repl"))}
+        seen.append((tree.pop("_SUCCESS", None) is not None, set(tree.values())))
+        return operation()
+
+    monkeypatch.setattr(commit, "attempt", looking)
+    commit_job(second, news)
+
+    assert {"old", "new"} not in [texts for _, texts in seen]
+    whole = [texts for is_complete, texts in seen if is_complete]
+    assert all(texts in ({"old"}, {"new"}) for texts in whole)
+    assert 0 < len(whole) < len(seen)
+    assert set(_tree(second).values()) == {"new", ""}
+
+
+@pytest.mark.parametrize("is_dynamic", [False, True])
+def test_overwriting_that_fails_at_any_step_leaves_what_was_there(
+    tmp_path: Path, is_dynamic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = _job(str(tmp_path / "out"), "first")
+    commit_job(first, [_write(first, index, f"{index}-a", "old", directory=f"p={index}") for index in range(2)])
+    before = _tree(first)
+    steps = 0
+    while True:
+        second = _job(str(tmp_path / "out"), f"second-{steps}", replaces=True, is_dynamic=is_dynamic)
+        news = [_write(second, index, f"{index}-a", "new", directory=f"p={index + 1}") for index in range(2)]
+        num_done = 0
+
+        def failing(doing: str, url: str, operation: Callable[[], Any], *rest: Any, step: int = steps) -> Any:
+            nonlocal num_done
+            num_done += 1
+            if num_done == step + 1:
+                raise StagingError(f"could not {doing}: the disk is full")
+            return operation()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(commit, "attempt", failing)
+            try:
+                commit_job(second, news)
+            except StagingError:
+                steps += 1
+            else:
+                break
+        abort_job(second, news)  # as Spark does then
+        assert _tree(first) == before
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["_SUCCESS", "p=0", "p=1"]
+
+    assert steps >= 8  # looking, moving two out and two in, and writing _SUCCESS
+    kept = {"p=0/part-00000-first-c000.tfrecord": "old"} if is_dynamic else {}
+    # That which failed last was to remove the old files, of which no reader knows.
+    assert {name: text for name, text in _tree(first).items() if not name.startswith("_replaced/")} == {
+        **kept,
+        f"p=1/part-00000-second-{steps}-c000.tfrecord": "new",
+        f"p=2/part-00001-second-{steps}-c000.tfrecord": "new",
+        "_SUCCESS": "",
+    }
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------
@@ -207,12 +294,16 @@ def test_a_batch_whose_commit_was_cut_off_is_there_once(target: str, monkeypatch
     class DriverDied(BaseException):
         pass
 
-    def move_one(job: WriteJob, filesystem: fsspec.AbstractFileSystem, path: str, tasks: list[TaskFiles]) -> None:
-        move_in(job, filesystem, path, tasks[:1])
-        raise DriverDied
+    num_moved = 0
 
-    move_in = commit._move_in
-    monkeypatch.setattr(commit, "_move_in", move_one)
+    def die(doing: str, url: str, operation: Callable[[], Any], *rest: Any) -> Any:
+        nonlocal num_moved
+        num_moved += doing == "move files in"
+        if num_moved > 1:
+            raise DriverDied
+        return operation()
+
+    monkeypatch.setattr(commit, "attempt", die)
     with pytest.raises(DriverDied):
         commit_batch(job, [second, first], "query", 3)
     monkeypatch.undo()
@@ -257,6 +348,20 @@ def test_a_local_write_that_is_repeated_replaces_its_files(tmp_path: Path) -> No
     _write(job, 0, "2-b", "again")
 
     assert _tree(job) == {"part-00000-job-c000.tfrecord": "again"}
+
+
+def test_a_local_write_takes_away_what_a_killed_attempt_of_its_task_left(tmp_path: Path) -> None:
+    job = _job(str(tmp_path / "out"), locality="local")
+    killed, others = TaskOutput(job, 0, "1-killed"), TaskOutput(job, 1, "2-running")
+    for output in (killed, others):
+        output.open("", ".tfrecord").write(b"half")
+
+    _write(job, 0, "3-again", "zero")
+
+    assert {name.replace("2-running", "x"): text for name, text in _tree(job).items()} == {
+        "part-00000-job-c000.tfrecord": "zero",
+        "_temporary/job/00001-x/part-00001-job-c000.tfrecord": "half",
+    }
 
 
 def test_a_local_write_looks_for_files_of_others_where_it_runs(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tensorflow as tf
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tensorspark.data.tfrecord.format.decoding import Decoder
@@ -163,6 +163,48 @@ def test_records_of_one_length_whose_features_are_named_or_ordered_otherwise_are
         for payloads in ([*alike, one], [one, *alike], [one] * 40):
             rows = _rows(schema, payloads)
             assert rows == [{"a": a, "b": b} if each == one else {"a": 1, "b": 2} for each in payloads]
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_records_alike_but_for_one_are_read_as_each_would_be_alone(data: st.DataObject) -> None:
+    """All 20 have one layout; then one becomes another of the same length, or stays as it is."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    kinds = {
+        b"floats": (pa.list_(pa.float32()), lambda: packed_floats(*rng.normal(size=3))),
+        b"labels": (pa.list_(pa.int64()), lambda: packed_ints(*rng.integers(128, 2**14, 2).tolist())),
+        b"id": (pa.int64(), lambda: packed_ints(int(rng.integers(-(2**63), 0)))),
+        b"digest": (pa.binary(), lambda: strings(rng.bytes(20))),
+        b"words": (pa.list_(pa.binary()), lambda: strings(rng.bytes(3), rng.bytes(4))),
+        b"empty": (pa.list_(pa.int64()), packed_ints),
+        b"kindless": (pa.list_(pa.int64()), bytes),
+    }
+    names = data.draw(st.lists(st.sampled_from(sorted(kinds)), min_size=1, unique=True))
+    rows = [[(name, kinds[name][1]()) for name in names] for _ in range(20)]
+    payloads = [example_of(*row) for row in rows]
+    which = data.draw(st.integers(0, 19))
+    change = data.draw(st.sampled_from(["none", "order", "name", "widths", "unknown"]))
+    if change == "order":
+        payloads[which] = example_of(*reversed(rows[which]))
+    elif change == "name":
+        payloads[which] = payloads[which].replace(names[0], names[0][::-1])
+    elif change == "widths" and b"labels" in names:
+        others = [(name, packed_ints(5, 2**20) if name == b"labels" else value) for name, value in rows[which]]
+        payloads[which] = example_of(*others)
+    elif change == "unknown":
+        payloads[which] = bytes([0x12]) + payloads[which][1:]
+    # Decoded are all but the first of the names, which so has to be skipped.
+    for chosen in (names, names[1:]):
+        schema = pa.schema([(name.decode(), kinds[name][0]) for name in chosen])
+        alone = [row for payload in payloads for row in _rows(schema, [payload])]
+        assert _rows(schema, payloads) == alone
+        if change == "none" and b"digest" in chosen:
+            assert [row["digest"] for row in alone] == [dict(row)[b"digest"][-20:] for row in rows]
+
+
+def test_damage_among_records_without_features_is_an_error_that_names_the_record() -> None:
+    text = _error(pa.schema([("a", pa.int64())]), [*[delimited(1, b"")] * 20, b"\x0a\x05"])
+    assert text.startswith("hdfs://h/part-3: record 1020: expected a tf.train.Example, got ")
 
 
 def test_the_last_kind_of_a_feature_holds() -> None:

@@ -49,7 +49,26 @@ def test_columns_stand_between_commas() -> None:
 
 
 def test_names_that_are_nobodys_are_ignored() -> None:
-    assert Options.parse({"path": "/a", "header": "true"}) == Options(("/a",))
+    others = ("header", "inferSchema", "mergeSchema", "ignoreMissingFiles", "checkpointLocation", "queryName", "path")
+
+    assert Options.parse(dict.fromkeys(others, "/a")) == Options(("/a",))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("recordTyp", "recordType"),
+        ("RECORD_TYPE", "recordType"),
+        ("verifyCheckSums", "verifyChecksum"),
+        ("compression", "codec"),
+        ("codecs", "codec"),
+        ("maxRecordPerFile", "maxRecordsPerFile"),
+        ("recursiveLookup", "recursiveFileLookup"),
+    ],
+)
+def test_a_misspelled_name_is_refused_with_the_one_that_was_meant(name: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}: expected the name of an option, .*; did you mean {meant}\\?$"):
+        Options.parse({"path": "/a", name: "x"})
 
 
 @pytest.mark.parametrize(

@@ -26,15 +26,6 @@ if TYPE_CHECKING:
 TYPES = "id bigint, flag boolean, small int, ratio float, wide double, name string, raw binary, many array<float>"
 
 
-@pytest.fixture(scope="module")
-def session(spark: SqlSession) -> SqlSession:
-    """A session that knows the format."""
-    from tensorspark.data.tfrecord.source.data_source import register_tfrecord
-
-    register_tfrecord(spark)
-    return spark
-
-
 def _write(df: DataFrame, path: str | Path, mode: str = "append", **options: Any) -> None:
     df.write.format("tfrecord").mode(mode).options(**options).save(str(path))
 

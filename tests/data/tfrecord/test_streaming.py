@@ -11,15 +11,6 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession as SqlSession
 
 
-@pytest.fixture(scope="module")
-def session(spark: SqlSession) -> SqlSession:
-    """A session that knows the format."""
-    from tensorspark.data.tfrecord.source.data_source import register_tfrecord
-
-    register_tfrecord(spark)
-    return spark
-
-
 def _append(session: SqlSession, path: Path, start: int, end: int) -> None:
     session.range(start, end, 1, 1).write.format("tfrecord").mode("append").save(str(path))
 

@@ -27,6 +27,10 @@ class DamageError(Exception):
     """What is wrong with a file, and where."""
 
 
+REMEDY = "write it again, or set ignoreCorruptFiles to skip the rest of it"
+"""What can be done about a damaged file."""
+
+
 class Writer(Protocol):
     """What records are written to."""
 
@@ -143,7 +147,7 @@ class Inflated:
         if not self._pending and self._has_begun and not self._inflater.eof:
             self.damage = DamageError(
                 f"expected the end of the {self._codec} stream, got the file's end after {self._num_out} uncompressed "
-                "bytes; the file is truncated: write it again, or skip the rest of it"
+                f"bytes; the file is truncated: {REMEDY}"
             )
         return bool(self._pending)
 
@@ -159,7 +163,8 @@ class Inflated:
         except zlib.error as error:
             self.damage = DamageError(
                 f"expected {self._codec} data, got other bytes after {self._num_out} uncompressed ones ({error}); "
-                "the file is damaged, or of another codec: set codec, write it again, or skip the rest of it"
+                "the file is damaged, or not of the codec that its name (or the option codec) says: rename it, "
+                f"set codec, {REMEDY}"
             )
             return b""
         self._pending = self._inflater.unused_data if self._inflater.eof else self._inflater.unconsumed_tail

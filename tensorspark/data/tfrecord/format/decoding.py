@@ -2,22 +2,25 @@
 
 Without TensorFlow, as that was measured to gain nothing: its `tf.io.parse_example` wants every record as a Python
 object, names no record in an error, and does not tell an empty list from a missing one. Processor time a row, one
-thread, on two busy cores (trust the ratios; `python -m benchmarks.tfrecord` measures again), batches of 8 MiB:
+thread, on two busy cores (trust the ratios; `python -m benchmarks.tfrecord` measures again), batches of 4 MiB:
 
 =====================================  =======  ====================  =============================
 rows                                   decode   tf.io.parse_example   the same, with `tf.constant`
 =====================================  =======  ====================  =============================
-784 floats, label                      1.4 µs   1.4 µs                1.8 µs
-784 floats, label of varying width     1.9 µs   1.4 µs                2.2 µs
-two integers, float, string            1.0 µs   0.9 µs                1.3 µs
-two strings                            0.4 µs   0.8 µs                1.1 µs
+784 floats, label                      0.7 µs   1.3 µs                1.7 µs
+784 floats, label of varying width     2.2 µs   1.3 µs                1.5 µs
+two integers, float, string            0.8 µs   1.1 µs                1.2 µs
+two strings                            0.4 µs   0.8 µs                1.0 µs
 =====================================  =======  ====================  =============================
 
-A call costs 0.5 ms whatever the batch: small batches are slow.
+Of the first row's records all have one layout (`features.alike`), the others are walked field by field. A call costs
+0.2 ms for the former, 1 ms for the latter, whatever the batch: small batches are slow.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,6 +98,9 @@ class _Job:
 
     def columns(self, schema: pa.Schema, types: list[FeatureType]) -> list[pa.Array]:
         """One array per column of the schema."""
+        alike = features.alike(self._rows) if self._record_type == "Example" else None
+        if alike is not None:
+            return [self._column(*column, partial(self._alike, alike)) for column in zip(schema, types, strict=True)]
         try:
             messages = features.records(self._rows)
             top = messages.fields()
@@ -104,17 +110,14 @@ class _Job:
                 listed = features.entries(messages, top, features.FEATURE_LISTS)
         except WireError as error:
             raise self._error(error.message, f"expected a tf.train.{self._record_type}, got {error}") from None
-        return [self._column(*column, single, listed) for column in zip(schema, types, strict=True)]
+        decode = partial(self._walked, single, listed)
+        return [self._column(*column, decode) for column in zip(schema, types, strict=True)]
 
-    def _column(self, field: pa.Field, kind: FeatureType, single: Entries, listed: Entries | None) -> pa.Array:
-        name = field.name.encode()
+    def _column(
+        self, field: pa.Field, kind: FeatureType, decode: Callable[[pa.Field, FeatureType, bytes], pa.Array]
+    ) -> pa.Array:
         try:
-            found = single.last_under(name, self._num_rows)
-            of_lists = listed.last_under(name, self._num_rows) if listed is not None else None
-            if of_lists is not None and len(of_lists) and not (len(found) and kind.depth < 2):
-                array = self._from_feature_lists(field, kind, of_lists, found)
-            else:
-                array = self._from_features(field, kind, found)
+            array = decode(field, kind, field.name.encode())
         except WireError as error:
             raise self._error(error.message, f"feature {field.name!r}: expected a feature, got {error}") from None
         if not field.nullable and array.null_count:
@@ -122,23 +125,39 @@ class _Job:
             raise self._error(row, f"feature {field.name!r}: expected a value, as the column is not nullable, got none")
         return array
 
-    def _from_features(self, field: pa.Field, kind: FeatureType, found: Messages) -> pa.Array:
-        if kind.kind == NO_KIND or not len(found):
+    def _alike(self, found: dict[bytes, Lists], field: pa.Field, kind: FeatureType, name: bytes) -> pa.Array:
+        if name not in found:
+            return pa.nulls(self._num_rows, field.type)
+        return self._from_features(field, kind, np.arange(self._num_rows), found[name])
+
+    def _walked(
+        self, single: Entries, listed: Entries | None, field: pa.Field, kind: FeatureType, name: bytes
+    ) -> pa.Array:
+        found = single.last_under(name, self._num_rows)
+        of_lists = listed.last_under(name, self._num_rows) if listed is not None else None
+        if of_lists is not None and len(of_lists) and not (len(found) and kind.depth < 2):
+            return self._from_feature_lists(field, kind, of_lists, found)
+        if not len(found):
+            return pa.nulls(self._num_rows, field.type)
+        return self._from_features(field, kind, found.rows, features.lists(found))
+
+    def _from_features(self, field: pa.Field, kind: FeatureType, rows: Ints, lists: Lists) -> pa.Array:
+        """Of a feature that the records `rows` have."""
+        if kind.kind == NO_KIND:
             return pa.nulls(self._num_rows, field.type)
         if kind.depth == 2:
             raise self._error(
-                int(found.rows[0]),
+                int(rows[0]),
                 f"feature {field.name!r}: expected a FeatureList for {field.type}, got a feature of the context; make "
                 "the column an array",
             )
-        lists, values = self._values(field, kind, found)
-        has_kind = lists.kind != NO_KIND
+        values = self._values(field, kind, rows, lists)
         if kind.depth == 0:
-            return self._singles(field, kind, found.rows, values)
+            return self._singles(field, kind, rows, values)
         counts, valid = np.zeros(self._num_rows, np.int64), np.zeros(self._num_rows, np.bool_)
-        counts[found.rows] = values.counts
-        valid[found.rows] = has_kind
-        return self._list_array(field, field.type, counts, valid, self._leaves(field, kind, values, found.rows))
+        counts[rows] = values.counts
+        valid[rows] = lists.kind != NO_KIND
+        return self._list_array(field, field.type, counts, valid, self._leaves(field, kind, values, rows))
 
     def _from_feature_lists(self, field: pa.Field, kind: FeatureType, found: Messages, context: Messages) -> pa.Array:
         """Of arrays of arrays; also of arrays, where each feature of the list has one value."""
@@ -158,7 +177,7 @@ class _Job:
         outer_counts, valid = np.zeros(self._num_rows, np.int64), np.zeros(self._num_rows, np.bool_)
         outer_counts[found.rows] = np.bincount(owner, minlength=len(found))
         valid[found.rows] = True
-        _, values = self._values(field, kind, inner)
+        values = self._values(field, kind, inner.rows, features.lists(inner))
         if kind.depth == 1:
             self._require_one(field, values.counts, inner.rows)
             return self._list_array(
@@ -169,17 +188,17 @@ class _Job:
         inner_array = self._list_array(field, field.type.value_type, values.counts, whole, leaves)
         return self._list_array(field, field.type, outer_counts, valid, inner_array)
 
-    def _values(self, field: pa.Field, kind: FeatureType, found: Messages) -> tuple[Lists, Values]:
-        lists = features.lists(found)
+    def _values(self, field: pa.Field, kind: FeatureType, rows: Ints, lists: Lists) -> Values:
+        """The values in lists of the records `rows`, which must be of the column's kind."""
         is_wrong = (lists.kind != kind.kind) & (lists.kind != NO_KIND)
         if is_wrong.any():
             wrong = int(is_wrong.argmax())
             raise self._error(
-                int(found.rows[wrong]),
+                int(rows[wrong]),
                 f"feature {field.name!r}: expected {KIND_NAMES[kind.kind]} for a column of type {field.type}, got "
                 f"{KIND_NAMES[int(lists.kind[wrong])]}; correct the schema, or leave the column out",
             )
-        return lists, features.values(lists, kind.kind)
+        return features.values(lists, kind.kind)
 
     def _singles(self, field: pa.Field, kind: FeatureType, rows: Ints, values: Values) -> pa.Array:
         """A column of single values."""

@@ -21,13 +21,24 @@ import pyarrow as pa
 
 from tensorspark.data.tfrecord.format.ragged import Bytes, Ints, Ragged, byte_mask, words
 from tensorspark.data.tfrecord.format.types import BYTES, FLOATS, INTS, NO_KIND
-from tensorspark.data.tfrecord.format.wire import DELIMITED, FIXED32, VARINT, Fields, WireError, decode_varints, walk
+from tensorspark.data.tfrecord.format.wire import (
+    DELIMITED,
+    FIXED32,
+    VARINT,
+    Fields,
+    WireError,
+    decode_varints,
+    walk,
+    walk_one,
+)
 
 FEATURES, FEATURE_LISTS = 1, 2
 _KEY, _VALUE = 1, 2
 _VALUES = 1
 # Names are compared place by place where so many records, for each feature in one, have their features in one order.
 _MIN_ROWS_A_ROUND = 4
+# With fewer records there is little to gain.
+_MIN_ALIKE = 16
 
 
 @dataclass(frozen=True)
@@ -177,11 +188,13 @@ class Lists:
         kind: `[m]`, which list each feature has: `BYTES`, `FLOATS`, `INTS` or `NO_KIND`.
         messages: the lists themselves; a feature may have several parts of one, or none.
         owner: index of each message's feature, ascending.
+        content: `[m]`, the values of each feature, where each is known to be one string or one packed field; else None.
     """
 
     kind: Ints
     messages: Messages
     owner: Ints
+    content: Ragged | None = None
 
     def of_kind(self, kind: int) -> Lists:
         """The same, without the lists of other kinds: their features have no values."""
@@ -222,6 +235,73 @@ class Values:
     strings: Ragged | None = None
 
 
+def alike(rows: Ragged) -> dict[bytes, Lists] | None:
+    """The lists of `Example` records by name, where all have the bytes of the first everywhere but in the values.
+
+    So are the records of most files that one program wrote, if their strings are of one length; then nothing has to be
+    walked but the first. None where they are not, or where the first is not of the plainest form: under each name one
+    list with one string or one packed field. Of several entries of one name, the last holds.
+    """
+    grid = rows.grid()
+    if grid is None or len(grid) < _MIN_ALIKE:
+        return None
+    num_rows, num_bytes = grid.shape
+    try:
+        places = _places(rows.data, int(rows.starts[0]), num_bytes)
+    except WireError:
+        return None
+    starts, ends = [place.start for place in places], [place.end for place in places]
+    for begin, end in zip([0, *ends], [*starts, num_bytes], strict=True):
+        for at in range(begin, end, 8):
+            columns = grid[:, at : min(at + 8, end)]
+            if (columns != columns[0]).any():
+                return None
+    return {place.name: place.lists(rows, np.arange(num_rows)) for place in places}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the values of a feature lie, from the beginning of its record."""
+
+    name: bytes
+    kind: int
+    start: int
+    end: int
+
+    def lists(self, rows: Ragged, index: Ints) -> Lists:
+        num_bytes = np.full(len(rows), self.end - self.start)
+        content = Ragged(rows.data, rows.starts + self.start, num_bytes)
+        messages = Messages(rows.data, content.starts, content.starts + num_bytes, index)
+        return Lists(np.full(len(rows), self.kind), messages, index, content)
+
+
+def _places(data: Bytes, first: int, num_bytes: int) -> list[_Place]:
+    """The features of the record at `first`, in its order.
+
+    Raises:
+        WireError: also for a record that is not of the plainest form.
+    """
+    places: dict[bytes, _Place] = {}
+    (top,) = _delimited(walk_one(data, 0, first, first + num_bytes, max_fields=2), FEATURES)
+    each = walk_one(data, 0, *top)
+    for entry in _delimited(each, *[1] * len(each)):
+        key, feature = _delimited(walk_one(data, 0, *entry, max_fields=3), _KEY, _VALUE)
+        of_kind = walk_one(data, 0, *feature, max_fields=2)
+        kind = of_kind[0][0] if of_kind else NO_KIND
+        (inside,) = _delimited(of_kind, kind if kind in (BYTES, FLOATS, INTS) else NO_KIND)
+        ((start, end),) = _delimited(walk_one(data, 0, *inside, max_fields=2), _VALUES)
+        name = data[slice(*key)].tobytes()
+        places[name] = _Place(name, kind, start - first, end - first)
+    return list(places.values())
+
+
+def _delimited(fields: list[tuple[int, int, int, int]], *numbers: int) -> list[tuple[int, int]]:
+    """Where the values lie of fields that all are delimited; raises WireError where these numbers are not theirs."""
+    if [field[:2] for field in fields] != [(number, DELIMITED) for number in numbers]:
+        raise WireError(0, "other fields")
+    return [field[2:] for field in fields]
+
+
 def values(found: Lists, kind: int) -> Values:
     """The values of features that have this kind, or none.
 
@@ -229,6 +309,8 @@ def values(found: Lists, kind: int) -> Values:
         WireError: bytes that are no list of this kind.
     """
     num_features = len(found.kind)
+    if found.content is not None:
+        return _values_in(found.content, kind, found.owner, found.messages.rows, num_features)
     if kind == FLOATS and (unpacked := _single_floats(found)) is not None:
         return unpacked
     fields = found.messages.fields().ordered()
@@ -238,21 +320,25 @@ def values(found: Lists, kind: int) -> Values:
     if is_wrong.any():
         row = int(found.messages.rows[fields.owner[is_wrong.argmax()]])
         raise WireError(row, f"a value of wire type {fields.wire_type[is_wrong.argmax()]}")
-    owner = found.owner[fields.owner]
     ranges = Ragged(found.messages.data, fields.start, fields.end - fields.start)
+    return _values_in(ranges, kind, found.owner[fields.owner], found.messages.rows[fields.owner], num_features)
+
+
+def _values_in(ranges: Ragged, kind: int, owner: Ints, rows: Ints, num_features: int) -> Values:
+    """The values in strings or packed fields, `[r]`; `owner` is the feature of each, and `rows` its record."""
     if kind == BYTES:
         return Values(_sums(owner, None, num_features), strings=ranges)
     if kind == FLOATS:
         is_odd = ranges.lengths % 4 != 0
         if is_odd.any():
-            row = int(found.messages.rows[fields.owner[is_odd.argmax()]])
+            row = int(rows[is_odd.argmax()])
             raise WireError(row, f"{ranges.lengths[is_odd.argmax()]} bytes of floats, which is no multiple of 4")
         counts = _sums(owner, ranges.lengths // 4, num_features)
         return Values(counts, numbers=np.require(ranges.joined().view("<f4"), requirements="A"))
     try:
         integers, num_each = decode_varints(ranges)
     except WireError as error:
-        raise WireError(int(found.messages.rows[fields.owner[error.message]]), str(error)) from None
+        raise WireError(int(rows[error.message]), str(error)) from None
     return Values(_sums(owner, num_each, num_features), numbers=integers)
 
 

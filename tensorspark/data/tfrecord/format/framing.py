@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tensorspark.data.tfrecord.format.compression import (
     COMPRESSION_LEVEL,
+    REMEDY,
     Codec,
     CompressingWriter,
     DamageError,
@@ -48,7 +49,7 @@ __all__ = [
 
 HEADER_BYTES, TRAILER_BYTES = 12, 4
 MAX_RECORD_BYTES = 2**30
-BATCH_BYTES = 2**23
+BATCH_BYTES = 2**22
 MAX_BATCH_RECORDS = 2**16
 
 _MASK_DELTA = 0xA282EAD8
@@ -246,7 +247,7 @@ class _Scanner:
         offset = self._num_bytes + start - HEADER_BYTES
         return DamageError(
             f"expected record {self.num_records + index} at offset {offset} to have the {what} checksum of its "
-            f"{of_what}, got another; the file is damaged: write it again, or skip the rest of it"
+            f"{of_what}, got another; the file is damaged: {REMEDY}"
         )
 
     def _look_ahead(self, buffer: Bytes, position: int, size: int, is_end: bool) -> tuple[int, DamageError | None]:
@@ -259,12 +260,12 @@ class _Scanner:
                 hint = _codec_hint(header) if offset == 0 else ""
                 return 0, DamageError(
                     f"expected a record at offset {offset}, got a length that does not have its checksum; the file is "
-                    f"damaged, or no TFRecord file{hint}: write it again, or skip the rest of it"
+                    f"damaged, or no TFRecord file{hint}: {REMEDY}"
                 )
             if length > self._max_record_bytes:
                 return 0, DamageError(
                     f"expected records of at most {self._max_record_bytes} bytes, got one of {length} at offset "
-                    f"{offset}; raise the limit, or write smaller ones"
+                    f"{offset}; raise maxRecordBytes, or write smaller ones"
                 )
             wanted = HEADER_BYTES + length + TRAILER_BYTES
         else:
@@ -272,7 +273,7 @@ class _Scanner:
         if is_end:
             return 0, DamageError(
                 f"expected {wanted} bytes for the record at offset {offset}, got {available}; the file is truncated: "
-                "write it again, or skip the rest of it"
+                f"{REMEDY}"
             )
         return wanted, None
 

@@ -1,4 +1,4 @@
-"""Which Arrow (and so Spark) types TFRecord features hold; docs/tfrecord.md has the table, with what is lost on the way.
+"""Which Arrow (and so Spark) types TFRecord features hold; docs/tfrecord.md has the table, with what is lost.
 
 Integers and booleans are an Int64List, floats and decimals a FloatList of float32, strings and binary a BytesList; an
 array has several values in one list, an array of arrays is a FeatureList. A null column value is written as no feature

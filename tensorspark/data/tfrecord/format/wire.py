@@ -214,10 +214,26 @@ def _squeezed(word: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _walk_one(data: Bytes, owner: int, position: int, end: int) -> tuple[Ints, Ints, Ints, Ints, Ints]:
-    """The fields of one message, without numpy: for a message of very many."""
+    """The fields of one message, as `Fields` has them: for a message of very many."""
+    found = walk_one(data, owner, position, end)
+    number, wire_type, start, after = np.array(found, np.int64).T
+    return np.full(len(found), owner), number, wire_type, start, after
+
+
+def walk_one(
+    data: Bytes, owner: int, position: int, end: int, max_fields: int | None = None
+) -> list[tuple[int, int, int, int]]:
+    """Number, wire type, start and end of each field of one message, without numpy.
+
+    Args:
+        max_fields: after which the rest is left out; None for all.
+
+    Raises:
+        WireError: as `walk` does, of the message `owner`.
+    """
     content = data.data
     found: list[tuple[int, int, int, int]] = []
-    while position < end:
+    while position < end and len(found) != max_fields:
         tag, start = _read_varint(content, owner, position)
         number, wire_type = tag >> 3, tag & 7
         if wire_type == DELIMITED:
@@ -232,8 +248,7 @@ def _walk_one(data: Bytes, owner: int, position: int, end: int) -> tuple[Ints, I
         if position > end or not number:
             raise WireError(owner, "a field that reaches beyond its message, or has number 0")
         found.append((number, wire_type, start, position))
-    number_, wire_type_, start_, end_ = np.array(found, np.int64).T
-    return np.full(len(found), owner), number_, wire_type_, start_, end_
+    return found
 
 
 def _read_varint(content: memoryview, owner: int, position: int) -> tuple[int, int]:

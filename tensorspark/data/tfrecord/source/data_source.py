@@ -62,7 +62,8 @@ class TFRecordSource(DataSource):
 
         Raises:
             ConfigError: a path that does not exist or has no records.
-            FeedError: a damaged file, or features that no column can hold together.
+            FeedError: a damaged file, or one of another record type. Features of one name and different kinds are an
+                error when they are read.
         """
         options = self._parsed()
         return spark_schema(infer(list_files(options), options))

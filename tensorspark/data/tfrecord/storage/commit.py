@@ -5,9 +5,10 @@ driver which one attempt of each task counts; the driver moves that attempt's fi
 ``_SUCCESS`` and removes the rest. So a task that is killed, repeated or run twice leaves nothing that a reader sees,
 and a job that fails leaves nothing at all.
 
-Overwriting moves the new files in beside the old ones, removes the old, and writes ``_SUCCESS`` last: a write that
-fails loses nothing. In between (as long as the renames take) a reader may see both; ``_SUCCESS`` is absent for that
-time.
+Overwriting moves what is there to ``_replaced/<job>/``, the new files to their places, writes ``_SUCCESS`` and then
+removes the old: a write that fails puts everything back, and a reader never sees old rows beside new ones. While the
+renames take place it may see only some of the rows; ``_SUCCESS`` is absent for that time. Where the driver dies in the
+middle of them, the old files are in ``_replaced``.
 
 A micro-batch of a stream may be committed twice, where the driver died in between. What it is about to move stands in
 ``_tensorspark/<query>/``, so that the second commit removes what the first had moved, or does nothing where it was
@@ -18,8 +19,9 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, Any, TypeVar
@@ -36,6 +38,7 @@ T = TypeVar("T")
 TEMPORARY = "_temporary"
 SUCCESS = "_SUCCESS"
 STREAM_LOG = "_tensorspark"
+REPLACED = "_replaced"
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,9 @@ class TaskOutput:
     def __init__(self, job: WriteJob, partition: int, attempt_id: str) -> None:
         self._job = job
         self._partition = partition
-        self._attempt = attempt_id
+        self._attempt = f"{partition:05d}-{attempt_id}"
         self._filesystem, self._path = job.open()
-        self._directory = f"{self._path}/{TEMPORARY}/{job.job_id}/{attempt_id}"
+        self._directory = f"{self._path}/{TEMPORARY}/{job.job_id}/{self._attempt}"
         self._files: list[str] = []
 
     def is_wanted(self) -> bool:
@@ -145,8 +148,12 @@ class TaskOutput:
         """Says what was written, once all files are closed. A local write's files get their names here."""
         files = TaskFiles(self._attempt, tuple(self._files), num_records)
         if self._job.locality == "local":
-            _move_in(self._job, self._filesystem, self._path, [files])
-            self.discard()
+            try:
+                with _moved(self._job, self._filesystem, self._path, _moves_in(self._job, self._path, [files])):
+                    pass
+            finally:
+                self.discard()
+            self._discard_killed()
             _remove_temporary(self._job, self._filesystem, self._path, only_empty=True)
         return files
 
@@ -154,6 +161,13 @@ class TaskOutput:
         """Removes the attempt's files, as far as that can be done."""
         with suppress(Exception):
             _ask(self._job, "remove", self._filesystem.rm, self._directory, recursive=True)
+
+    def _discard_killed(self) -> None:
+        """Removes what other attempts of the task left on this host: of a local write nobody else does."""
+        with suppress(Exception):
+            for entry in children(self._filesystem, self._directory.rpartition("/")[0], self._job.url):
+                if base_name(entry["name"]).startswith(f"{self._partition:05d}-"):
+                    _ask(self._job, "remove", self._filesystem.rm, entry["name"], recursive=True)
 
 
 class OutputFile:
@@ -184,19 +198,17 @@ def commit_job(job: WriteJob, tasks: Sequence[TaskFiles]) -> None:
     """Makes the tasks' files visible, on the driver; where that fails, none of them is.
 
     Raises:
-        StagingError: what the filesystem refused. With `replaces` the message says where new files lie beside old.
+        StagingError: what the filesystem refused; where it did not let files be put back either, it says which.
     """
     if job.locality == "local":
         return
     filesystem, path = job.open()
     _ask(job, "create", filesystem.makedirs, path, exist_ok=True)
     try:
-        _place(job, filesystem, path, tasks)
-    except Exception:
+        with _placed(job, filesystem, path, tasks):
+            _ask(job, "write to", _touch, filesystem, f"{path}/{SUCCESS}")
+    finally:
         _remove_temporary(job, filesystem, path)
-        raise
-    _ask(job, "write to", _touch, filesystem, f"{path}/{SUCCESS}")
-    _remove_temporary(job, filesystem, path)
 
 
 def abort_job(job: WriteJob, tasks: Sequence[TaskFiles]) -> None:
@@ -227,76 +239,108 @@ def commit_batch(job: WriteJob, tasks: Sequence[TaskFiles], query: str, batch: i
             _remove(job, filesystem, [f"{path}/{file}" for file in begun["files"]])
         targets = [file for task in tasks for file in task.files]
         _write_json(job, filesystem, f"{log}/begun", {"batch": batch, "files": targets})
-        _place(job, filesystem, path, tasks)
-        _write_json(job, filesystem, f"{log}/committed", {"batch": batch})
+        with _placed(job, filesystem, path, tasks):
+            _write_json(job, filesystem, f"{log}/committed", {"batch": batch})
     _remove_temporary(job, filesystem, path)
 
 
-def _place(job: WriteJob, filesystem: fsspec.AbstractFileSystem, path: str, tasks: Sequence[TaskFiles]) -> None:
-    """Moves the new files in, and the old ones out where the job replaces them."""
-    old_files, old_directories = _old(job, filesystem, path, tasks) if job.replaces else ([], [])
-    _remove(job, filesystem, [f"{path}/{SUCCESS}"])
-    _move_in(job, filesystem, path, tasks)
-    try:
-        _remove(job, filesystem, old_files)
-    except StagingError as error:
-        raise StagingError(
-            f"{error} The new files are in place beside old ones: remove the old ones yourself."
-        ) from error
-    for directory in reversed(old_directories):
-        with suppress(Exception):  # new files are in it
-            _ask(job, "remove", filesystem.rmdir, directory)
-
-
-def _old(
+@contextmanager
+def _placed(
     job: WriteJob, filesystem: fsspec.AbstractFileSystem, path: str, tasks: Sequence[TaskFiles]
-) -> tuple[list[str], list[str]]:
-    """The files that go, and the directories that may be empty then, outermost first."""
-    if job.is_dynamic:
-        directories = sorted({f"{path}/{file}".rpartition("/")[0] for task in tasks for file in task.files})
-        present = [entry for entry in directories if _ask(job, "list", filesystem.exists, entry)]
-        entries = [entry for directory in present for entry in children(filesystem, directory, job.url)]
-        return [
-            entry["name"]
-            for entry in entries
-            if entry["type"] != "directory" and not is_hidden(base_name(entry["name"]))
-        ], []
-    files, directories, waiting = [], [], [path]
-    while waiting:
-        for entry in children(filesystem, waiting.pop(), job.url):
-            name = entry["name"]
-            if entry["type"] != "directory":
-                files.append(name)
-            elif name not in (f"{path}/{TEMPORARY}", f"{path}/{STREAM_LOG}"):
-                directories.append(name)
-                waiting.append(name)
-    return files, sorted(directories)
+) -> Iterator[None]:
+    """Moves the old files out where the job replaces them, then the new ones in, and removes the old after the block.
 
-
-def _move_in(
-    job: WriteJob,
-    filesystem: fsspec.AbstractFileSystem,
-    path: str,
-    tasks: Iterable[TaskFiles],
-) -> None:
-    """Moves the attempts' files to their places; where one fails, those moved before are removed again."""
-    moved: list[str] = []
-    made: set[str] = set()
+    Where a move or the block fails, all is as before.
+    """
+    # Under a name of its own: a micro-batch whose commit was cut off may have left a directory of the job.
+    away = f"{path}/{REPLACED}/{job.job_id}/{uuid.uuid4().hex}"
+    moves_out = [(f"{path}/{name}", f"{away}/{name}") for name in _old(job, filesystem, path, tasks)]
+    was_complete = _ask(job, "look at", describe, filesystem, f"{path}/{SUCCESS}") is not None
+    _remove(job, filesystem, [f"{path}/{SUCCESS}"])
     try:
-        for task in tasks:
-            for file in task.files:
-                source, target = f"{path}/{TEMPORARY}/{job.job_id}/{task.attempt}/{file}", f"{path}/{file}"
-                parent = target.rpartition("/")[0]
-                if parent not in made:
-                    _ask(job, "create", filesystem.makedirs, parent, exist_ok=True)
-                    made.add(parent)
-                # shutil and hdfs-native rename; a local file that a failed attempt left is replaced.
-                _ask(job, "move files in", filesystem.mv, source, target)
-                moved.append(target)
+        # Apart: the directories that the second makes must be gone before those of the first come back.
+        with _moved(job, filesystem, path, moves_out), _moved(job, filesystem, path, _moves_in(job, path, tasks)):
+            yield
     except Exception:
-        with suppress(Exception):
-            _remove(job, filesystem, moved)
+        if was_complete:
+            with suppress(Exception):
+                _ask(job, "write to", _touch, filesystem, f"{path}/{SUCCESS}")
         raise
+    with suppress(Exception):  # no reader sees them
+        _ask(job, "remove", filesystem.rm, f"{path}/{REPLACED}/{job.job_id}", recursive=True)
+    _remove_empty(job, filesystem, f"{path}/{REPLACED}", path)
+
+
+def _old(job: WriteJob, filesystem: fsspec.AbstractFileSystem, path: str, tasks: Sequence[TaskFiles]) -> list[str]:
+    """What goes when the new files come, relative to the target: files and whole directories."""
+    if not job.replaces:
+        return []
+    if not job.is_dynamic:
+        present = [base_name(entry["name"]) for entry in children(filesystem, path, job.url)]
+        return [name for name in present if name not in (TEMPORARY, STREAM_LOG, REPLACED, SUCCESS)]
+    old: list[str] = []
+    for directory in sorted({file.rpartition("/")[0] for task in tasks for file in task.files}):
+        whole = f"{path}/{directory}".rstrip("/")
+        if _ask(job, "look at", describe, filesystem, whole) is not None:
+            entries = children(filesystem, whole, job.url)
+            names = [base_name(entry["name"]) for entry in entries if entry["type"] != "directory"]
+            old += [f"{directory}/{name}" if directory else name for name in names if not is_hidden(name)]
+    return old
+
+
+def _moves_in(job: WriteJob, path: str, tasks: Iterable[TaskFiles]) -> list[tuple[str, str]]:
+    """From where to where the tasks' files go."""
+    return [
+        (f"{path}/{TEMPORARY}/{job.job_id}/{task.attempt}/{file}", f"{path}/{file}")
+        for task in tasks
+        for file in task.files
+    ]
+
+
+@contextmanager
+def _moved(
+    job: WriteJob, filesystem: fsspec.AbstractFileSystem, path: str, moves: Iterable[tuple[str, str]]
+) -> Iterator[None]:
+    """Moves files and directories, in this order; where one fails, or the block does, they go back."""
+    made: set[str] = set()
+    done: list[tuple[str, str]] = []
+    try:
+        for source, target in moves:
+            parent = target.rpartition("/")[0]
+            if parent not in made:
+                _ask(job, "create", filesystem.makedirs, parent, exist_ok=True)
+                made.add(parent)
+            # shutil and hdfs-native rename; a local file that a failed attempt left is replaced.
+            _ask(job, "move files in", filesystem.mv, source, target, recursive=True)
+            done.append((source, target))
+        yield
+    except Exception as error:
+        left = _move_back(job, filesystem, done)
+        for parent in made:
+            _remove_empty(job, filesystem, parent, path)
+        if left:
+            raise StagingError(f"{error} These could not be moved back, do it yourself: {'; '.join(left)}") from error
+        raise
+
+
+def _move_back(job: WriteJob, filesystem: fsspec.AbstractFileSystem, moves: Sequence[tuple[str, str]]) -> list[str]:
+    """Undoes the moves, the last first; says which it could not."""
+    left: list[str] = []
+    for source, target in reversed(moves):
+        try:
+            _ask(job, "create", filesystem.makedirs, source.rpartition("/")[0], exist_ok=True)
+            _ask(job, "move files back", filesystem.mv, target, source, recursive=True)
+        except StagingError:
+            left.append(f"{target} (to {source})")
+    return left
+
+
+def _remove_empty(job: WriteJob, filesystem: fsspec.AbstractFileSystem, directory: str, above: str) -> None:
+    """Removes a directory below `above` and those between, as far as they are empty."""
+    with suppress(Exception):
+        while directory.startswith(f"{above}/"):
+            _ask(job, "remove", filesystem.rmdir, directory)
+            directory = directory.rpartition("/")[0]
 
 
 def _remove(job: WriteJob, filesystem: fsspec.AbstractFileSystem, paths: Iterable[str]) -> None:
@@ -314,13 +358,12 @@ def _remove_temporary(
 ) -> None:
     """Removes the job's temporary directory, and the one around it where no other job uses it; as far as it can be."""
     directory = f"{path}/{TEMPORARY}/{job.job_id}"
+    if only_empty:
+        _remove_empty(job, filesystem, directory, path)
+        return
     with suppress(Exception):
-        if only_empty:
-            _ask(job, "remove", filesystem.rmdir, directory)
-        else:
-            _ask(job, "remove", filesystem.rm, directory, recursive=True)
-    with suppress(Exception):
-        _ask(job, "remove", filesystem.rmdir, f"{path}/{TEMPORARY}")
+        _ask(job, "remove", filesystem.rm, directory, recursive=True)
+    _remove_empty(job, filesystem, f"{path}/{TEMPORARY}", path)
 
 
 def _touch(filesystem: fsspec.AbstractFileSystem, path: str) -> None:

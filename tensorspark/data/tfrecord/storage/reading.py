@@ -111,7 +111,8 @@ def infer(files: Sequence[DataFile], options: Options) -> pa.Schema:
 
     Raises:
         ConfigError: no record to infer from.
-        FeedError: a damaged file, or features of one name that no column can hold together.
+        FeedError: a damaged file, or one of another record type. Features of one name and different kinds are an error
+            when they are read, not here.
     """
     if options.record_type == "ByteArray":
         inferred = pa.schema([pa.field(BYTE_ARRAY_COLUMN, pa.binary())])
