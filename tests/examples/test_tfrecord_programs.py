@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import re
 import sys
 import uuid
@@ -123,35 +124,37 @@ def test_a_model_learns_whoever_reads_the_files(prepared: Path, tmp_path: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
-def test_executors_without_the_examples_train_from_the_files(prepared: Path, tmp_path: Path) -> None:
-    output = tmp_path / "predictions"
-    submit = [str(BIN / "spark-submit"), "--master", "local-cluster[2,1,1024]", "examples/mnist_tfrecord.py"]
-    printed = execute([*submit, "--data", str(prepared), "--output", str(output), "--input-mode", "files"])
-    check_run(printed, output.as_uri())
-    assert "AutoGraph" not in printed
-
-
-@pytest.mark.slow
 @pytest.mark.hdfs
 @pytest.mark.cluster
-def test_hdfs_holds_data_and_predictions_as_the_users_own(hdfs: HdfsCluster) -> None:
+def test_executors_without_the_examples_train_on_hdfs_as_the_user(hdfs: HdfsCluster) -> None:
     name = uuid.uuid4().hex
     hdfs.make_directory(f"/{name}", owner="alice", permission="700")
     url = f"{hdfs.url}/{name}"
     submit = [str(BIN / "spark-submit"), "--master", "local-cluster[2,1,1024]"]
-    for file_format in mnist_prepare.FORMATS:
-        arguments = ["--format", file_format, "--output", f"{url}/{file_format}"]
-        printed = execute([*submit, "examples/mnist_prepare.py", *arguments], HADOOP_USER_NAME="alice")
-        assert re.search(rf"^train  1,500 images in {url}/{file_format}/train$", printed, re.MULTILINE), printed
-        for part in ("train", "test"):
-            assert "_SUCCESS" in hdfs.names(f"/{name}/{file_format}/{part}")
-            assert hdfs.status(f"/{name}/{file_format}/{part}/_SUCCESS")["owner"] == "alice"
+    prepare = ["examples/mnist_prepare.py", "--format", "tfr", "--output", f"{url}/tfr"]
+    printed = execute([*submit, *prepare], HADOOP_USER_NAME="alice")
+    assert re.search(rf"^train  1,500 images in {url}/tfr/train$", printed, re.MULTILINE), printed
+    for part in ("train", "test"):
+        assert hdfs.status(f"/{name}/tfr/{part}/_SUCCESS")["owner"] == "alice"
 
     arguments = ["--data", f"{url}/tfr", "--output", f"{url}/predictions", "--input-mode", "files"]
     printed = execute([*submit, "examples/mnist_tfrecord.py", *arguments], HADOOP_USER_NAME="alice")
     check_run(printed, f"{url}/predictions", "alice")
+    assert "AutoGraph" not in printed
     assert hdfs.status(f"/{name}/predictions")["owner"] == "alice"
+
+
+@pytest.mark.slow
+@pytest.mark.hdfs
+@pytest.mark.parametrize("file_format", ["csv", "parquet"])
+def test_sparks_own_formats_are_written_to_hdfs(spark: SqlSession, hdfs: HdfsCluster, file_format: str) -> None:
+    name = uuid.uuid4().hex
+    hdfs.make_directory(f"/{name}", owner=getpass.getuser())
+    mnist_prepare.prepare(spark, file_format, f"{hdfs.url}/{name}", data_dir=DIGITS, partitions=2)
+    for part, num_files in (("train", 2), ("test", 1)):
+        names = hdfs.names(f"/{name}/{part}")
+        assert "_SUCCESS" in names
+        assert sum(each.startswith("part-") for each in names) == num_files
 
 
 # Bad input
