@@ -133,12 +133,13 @@ HADOOP_USER_NAME in the environment says who to be on HDFS. Train from tfr with 
         "--output", required=True, metavar="URL", help="local path, hdfs://host:port/path or the like (default: none)"
     )
     parser.add_argument("--data-dir", help="local directory of the IDX files (default: found, or downloaded)")
-    parser.add_argument("--partitions", type=_count, default=10, help="files of the training images (default: 10)")
-    parser.add_argument("--workers", type=_count, default=2, help="slots of a local Spark (default: 2)")
+    parser.add_argument("--partitions", type=count, default=10, help="files of the training images (default: 10)")
+    parser.add_argument("--workers", type=count, default=2, help="slots of a local Spark (default: 2)")
     return parser.parse_args(arguments)
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """For argparse: a whole number above 0."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)

@@ -32,7 +32,7 @@ if __package__ in (None, ""):  # spark-submit runs this file itself, and then lo
 
 import tensorspark as ts
 from examples.local import spark_session
-from examples.mnist_prepare import HADOOP_USER_VARIABLE, NUM_PIXELS, as_url, require_absent
+from examples.mnist_prepare import HADOOP_USER_VARIABLE, NUM_PIXELS, as_url, count, require_absent
 from tensorspark.errors import TensorsparkError
 from tensorspark.trainers.startup import quiet
 
@@ -182,9 +182,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         default="spark",
         help="who reads the training files: spark, which feeds the workers; or the workers themselves (default: spark)",
     )
-    parser.add_argument("--workers", type=int, default=2, help="slots of a local Spark (default: 2)")
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the data (default: 10)")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows of a worker's step (default: 32)")
+    parser.add_argument("--workers", type=count, default=2, help="slots of a local Spark (default: 2)")
+    parser.add_argument("--epochs", type=count, default=10, help="passes over the data (default: 10)")
+    parser.add_argument("--batch-size", type=count, default=32, help="rows of a worker's step (default: 32)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and shuffles (default: 0)")
     return parser.parse_args(arguments)
 

@@ -1,7 +1,7 @@
 """What is read and written: batches, the epoch cache, staged files, and TFRecord files from and to Spark.
 
 The functions here are those for TFRecord files. They need pyspark, pyarrow and crc32c (``pip install
-'tensorspark[tfrecord]'``); importing this package imports none of them.
+'tensorspark[tfrecord,spark]'``); importing this package imports none of them.
 """
 
 from __future__ import annotations

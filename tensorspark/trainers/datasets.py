@@ -18,7 +18,7 @@ with quiet():
 
 _BLOCK_ROWS = 256
 # Of an error of `tf.data`, what the op or the Python code within it said, without what TensorFlow puts around it.
-_SAID = re.compile(r"(?:\{\{.*?\}\} )?(.*?)(?:\nTraceback |\n+\t \[\[| \[Op:|$)", re.DOTALL)
+_SAID = re.compile(r"(?:\{\{.*?\}\} )?(?:FeedError: )?(.*?)(?:\nTraceback |\n+\t \[\[| \[Op:|$)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,18 @@ class DatasetDecoder:
 
     Attributes:
         columns: what the dataset's rows hold, flat, in order.
+        dataset_fn: takes a `DatasetContext`, and returns a `tf.data.Dataset` of single rows.
     """
 
     columns: tuple[Column, ...]
     dataset_fn: Callable[[Any], Any]
 
     def blocks(self, rows: Iterator[Any], partition: int) -> Iterator[Columns | None]:
+        """Blocks of rows of the datasets, one array ``[n, ...]`` for each column; None for a marker.
+
+        Raises:
+            FeedError: no dataset, rows that do not fit, or what the dataset itself raises.
+        """
         for context in rows:
             if is_marker(context):
                 yield None

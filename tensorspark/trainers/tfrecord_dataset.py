@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 
 _BATCH_RECORDS = 1024
 _NUM_PREFETCHED = 2
+# Of the data source's options, those that concern which bytes are read.
+_OPTIONS = ("hdfsUser", "ignoreCorruptFiles", "maxRecordBytes", "pathGlobFilter", "recursiveFileLookup")
 # What TensorFlow puts around what it says of a record.
 _UNPARSABLE = (tf.errors.InvalidArgumentError, UnicodeDecodeError)  # the latter where it would quote a record
 _AROUND = re.compile(r"^\{\{.*?\}\} |Name: <unknown>, | \[Op:\w+\].*", re.DOTALL)
@@ -52,11 +54,13 @@ def tfrecord_dataset(
             All workers must find the same files. Columns that directories' names would give are not read.
         features: as `tf.io.parse_example` takes them, such as ``{"x": tf.io.FixedLenFeature([784], tf.float32)}``; a
             row is a dict of tensors by these names. Up to 1024 records are parsed at once, and features of variable
-            length are padded to the longest among them. None: a row is the record's bytes, a scalar string.
+            length are padded to the longest among them. None: a row is the record's bytes, a scalar string, to be
+            parsed in a ``map``: for SequenceExamples by `tf.io.parse_single_sequence_example`.
         codec: ``none``, ``gzip`` or ``zlib``, of files whose names end in neither .gz, .deflate nor .zlib.
         verify_checksum: whether damaged bytes are noticed.
         num_parallel_files: how many files are read at once. Each holds some 16 MB of memory, or a record, if larger.
-        options: others of the data source, by their names (`ignoreCorruptFiles=True`).
+        options: of the data source, by their names: hdfsUser, ignoreCorruptFiles, maxRecordBytes, pathGlobFilter,
+            recursiveFileLookup.
 
     Raises:
         ConfigError: an argument that cannot work, a path that does not exist, or files without a byte.
@@ -77,6 +81,10 @@ def tfrecord_dataset(
     """
     if num_parallel_files < 1:
         raise ConfigError(f"num_parallel_files: expected 1 or more, got {num_parallel_files}")
+    known = {name.lower() for name in _OPTIONS}
+    for name in options:
+        if name.lower() not in known:
+            raise ConfigError(f"{name}: expected one of the options {', '.join(_OPTIONS)}, the only ones of a dataset")
     paths = [path] if isinstance(path, str) else list(path)
     given = {"codec": codec or "none", "verifyChecksum": verify_checksum, **options, "paths": json.dumps(paths)}
     read = Options.parse(given)

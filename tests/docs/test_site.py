@@ -103,6 +103,10 @@ PUBLIC = {
     "history": ["tensorspark.history.History", "tensorspark.history.History.samples_per_s"],
     "combiners": ["tensorspark.weights.averaging.MeanDeltaCombiner", "tensorspark.weights.combiners.WeightCombiner"],
     "functions": ["tensorspark.trainers.function.FunctionTrainer", "tensorspark.driver.inputs.DatasetContext"],
+    "tfrecord": [
+        *(f"tensorspark.data.tfrecord.frames.{name}" for name in ("load_tfrecords", "save_tfrecords")),
+        *("tensorspark.trainers.tfrecord_dataset.tfrecord_dataset", "tensorspark.compat.tensorflowonspark.dfutil"),
+    ],
     "ml": ["tensorspark.ml.estimator.KerasEstimator", "tensorspark.ml.model.KerasModel"],
     "config": ["tensorspark.config.Config", "tensorspark.config.resolve"],
     "errors": [f"tensorspark.errors.{name}" for name in vars(errors) if name.endswith("Error")],

@@ -235,7 +235,7 @@ def test_a_damaged_file_ends_the_run_with_its_name_and_the_offset(spark: SqlSess
     content[offset + 20] ^= 1
     Path(path).write_bytes(content)
     message = (
-        rf"FeedError: partition \d: FeedError: {re.escape(path)}: expected record 3 at offset {offset} to have the data"
+        rf"FeedError: partition \d: {re.escape(path)}: expected record 3 at offset {offset} to have the data"
     )
     with pytest.raises(WorkerFailedError, match=message):
         trained(spark, reader(str(tmp_path)))
@@ -251,6 +251,7 @@ def test_a_damaged_file_ends_the_run_with_its_name_and_the_offset(spark: SqlSess
         ("nothing", {}, "path: expected TFRecord files, but .*/nothing has none that is not empty"),
         ("snappy", {}, r"part-00.snappy: expected a file without compression, or .gz, .deflate or .zlib"),
         ("good", {"codec": "lz4"}, "codec: expected one of none, gzip, .*, got 'lz4'"),
+        ("good", {"recordType": "SequenceExample"}, "recordType: expected one of the options hdfsUser, ignoreCorrupt"),
         ("good", {"num_parallel_files": 0}, "num_parallel_files: expected 1 or more, got 0"),
         ("good", {"features": {}}, "features: expected names with .*, got {}: "),
         ("good", {"features": {"id": tf.int64}}, "features: expected .*, got {'id': .*}: ValueError: Unsupported "),
