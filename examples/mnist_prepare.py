@@ -79,7 +79,7 @@ def as_dataframe(spark: SparkSession, images: np.ndarray, labels: np.ndarray) ->
 
 def as_url(path: str) -> str:
     """With a scheme, as Spark and fsspec do not agree on where a bare path is; without a slash at its end."""
-    return (path if "://" in path else Path(path).absolute().as_uri()).rstrip("/")
+    return (path if "://" in path else f"file://{Path(path).absolute()}").rstrip("/")
 
 
 def require_absent(url: str, option: str) -> None:

@@ -58,7 +58,7 @@ HOMES: dict[str, set[str]] = {
     "tensorboard": {"telemetry.tensorboard", "telemetry.hyperparameters"},
     "pyspark": {
         *("session", "driver", "ml", "cli", "daemon", "compat", "trainers.keras_objects"),
-        *("data.tfrecord.frames", "data.tfrecord.rdds", "data.tfrecord.source"),
+        *("data.tfrecord.examples", "data.tfrecord.frames", "data.tfrecord.rdds", "data.tfrecord.source"),
     },
     # What a shard's process reads from its parent, or Spark hands to its task; nothing that comes over a network.
     "pickle": {"core.partitioner", "shards.host", "shards.processes"},

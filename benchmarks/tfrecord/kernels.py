@@ -51,7 +51,7 @@ class Workload:
 def measure(report: Report, is_quick: bool) -> None:
     """Measures all workloads, and adds their figures."""
     num_rounds = _NUM_QUICK_ROUNDS if is_quick else _NUM_ROUNDS
-    for workload in (_images(), _mixed(), _strings()):
+    for workload in (_images(), _images_of_many_labels(), _mixed(), _strings()):
         sides = _sides(workload)
         for index in range(num_rounds):
             say(f"{workload.name}: round {index + 1} of {num_rounds}")
@@ -124,6 +124,12 @@ def _write(encoder: Encoder, batches: list[pa.RecordBatch], codec: Any) -> None:
 
 def _images() -> Workload:
     return _workload("784 floats, label", pa.Table.from_batches([images(np.random.default_rng(0), 16_000)]))
+
+
+def _images_of_many_labels() -> Workload:
+    """Labels of one and of two bytes: records of two lengths."""
+    rows = images(np.random.default_rng(0), 16_000, num_labels=1000)
+    return _workload("784 floats, label below 1000", pa.Table.from_batches([rows]))
 
 
 def _mixed() -> Workload:

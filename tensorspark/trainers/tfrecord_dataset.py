@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorspark.data.tfrecord.format.framing import Records
-from tensorspark.data.tfrecord.options import Options
+from tensorspark.data.tfrecord.options import Options, Paths, paths_of
 from tensorspark.data.tfrecord.storage.paths import DataFile, codec_of, list_files
 from tensorspark.data.tfrecord.storage.reading import FileReader
 from tensorspark.errors import ConfigError, FeedError
@@ -35,7 +35,7 @@ _AROUND = re.compile(r"^\{\{.*?\}\} |Name: <unknown>, | \[Op:\w+\].*", re.DOTALL
 
 def tfrecord_dataset(
     context: Any,
-    path: str | Sequence[str],
+    path: Paths,
     features: Mapping[str, Any] | None = None,
     *,
     codec: str | None = None,
@@ -85,8 +85,10 @@ def tfrecord_dataset(
     for name in options:
         if name.lower() not in known:
             raise ConfigError(f"{name}: expected one of the options {', '.join(_OPTIONS)}, the only ones of a dataset")
-    paths = [path] if isinstance(path, str) else list(path)
-    given = {"codec": codec or "none", "verifyChecksum": verify_checksum, **options, "paths": json.dumps(paths)}
+    if not 0 <= context.shard_index < context.num_shards:
+        raise ConfigError(f"expected a shard_index from 0 to num_shards - 1, got {context}")
+    paths = json.dumps(paths_of(path))
+    given = {"codec": codec or "none", "verifyChecksum": str(verify_checksum), **options, "paths": paths}
     read = Options.parse(given)
     spec = _spec(features)
     files, (first, stride) = _dealt(_files(read), context.shard_index, context.num_shards)

@@ -234,9 +234,7 @@ def test_a_damaged_file_ends_the_run_with_its_name_and_the_offset(spark: SqlSess
     content = bytearray(Path(path).read_bytes())
     content[offset + 20] ^= 1
     Path(path).write_bytes(content)
-    message = (
-        rf"FeedError: partition \d: {re.escape(path)}: expected record 3 at offset {offset} to have the data"
-    )
+    message = rf"FeedError: partition \d: {re.escape(path)}: expected record 3 at offset {offset} to have the data"
     with pytest.raises(WorkerFailedError, match=message):
         trained(spark, reader(str(tmp_path)))
 
@@ -251,6 +249,9 @@ def test_a_damaged_file_ends_the_run_with_its_name_and_the_offset(spark: SqlSess
         ("nothing", {}, "path: expected TFRecord files, but .*/nothing has none that is not empty"),
         ("snappy", {}, r"part-00.snappy: expected a file without compression, or .gz, .deflate or .zlib"),
         ("good", {"codec": "lz4"}, "codec: expected one of none, gzip, .*, got 'lz4'"),
+        ("good", {"context": DatasetContext(2, 2)}, "shard_index from 0 to num_shards - 1, got .*shard_index=2"),
+        ("good", {"path": 5}, "path: expected a path or URL, or a list of them, got 5"),
+        ("good", {"path": []}, r"path: expected a path or URL, or a list of them, got \[\]"),
         ("good", {"recordType": "SequenceExample"}, "recordType: expected one of the options hdfsUser, ignoreCorrupt"),
         ("good", {"num_parallel_files": 0}, "num_parallel_files: expected 1 or more, got 0"),
         ("good", {"features": {}}, "features: expected names with .*, got {}: "),
@@ -270,7 +271,7 @@ def test_what_cannot_work_is_said_before_anything_is_read(
     (tmp_path / "nothing").mkdir()
     (tmp_path / "nothing" / "part-00").touch()
     with pytest.raises(ConfigError, match=message):
-        tfrecord_dataset(ALL, str(tmp_path / name), **{"features": FEATURES, **options})
+        tfrecord_dataset(**{"context": ALL, "path": tmp_path / name, "features": FEATURES, **options})
 
 
 @pytest.mark.parametrize(

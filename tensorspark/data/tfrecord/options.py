@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,10 +20,13 @@ from tensorspark.errors import ConfigError
 
 T = TypeVar("T")
 
+PathLike = str | os.PathLike[str]
+Paths = PathLike | Iterable[PathLike]
 SaveMode = Literal["append", "overwrite", "error", "ignore"]
 Locality = Literal["distributed", "local"]
 
 MIB = 2**20
+LARGEST_RECORD_BYTES = 2**31 - 1
 _HADOOP = "org.apache.hadoop.io.compress."
 # What `codec` takes, in lower case. Hadoop's DefaultCodec is zlib, and its files end in .deflate.
 CODECS: Mapping[str, Codec | None] = {
@@ -73,8 +77,8 @@ class Options:
         sample_ratio: `inferSchemaSampleRatio`: share of the records from which a schema is inferred, above 0 to 1
             (default).
         infer_max_bytes: `inferSchemaMaxBytes`: how much is read to infer a schema, of what is on disk and spread over
-            the files (default 256m); 0 for all. ``format("tfrecord")`` infers in one process on the driver,
-            `load_tfrecords` reads all records on the executors.
+            the files; 0 for all. Default: 256m for ``format("tfrecord")``, which infers in one process on the driver;
+            0 for `load_tfrecords`, which does so on the executors.
         binary_features: `binaryFeatures`: names between commas, of features that are inferred as binary where others
             are strings.
         verifies: `verifyChecksum`: whether lengths and payloads are compared with their checksums: ``true`` (default)
@@ -85,7 +89,7 @@ class Options:
         is_recursive: `recursiveFileLookup`: ``true`` reads files at any depth, and takes no columns from names of
             directories (default ``false``).
         base_path: `basePath`: directories from here down to a path that is read give columns too.
-        name_glob: `pathGlobFilter`: read only files whose names match.
+        name_glob: `pathGlobFilter`: read only files whose names match, also of those that a path or glob names.
         skips_corrupt: `ignoreCorruptFiles`: ``true`` skips the rest of a damaged file, and counts it in the log,
             instead of an error. The log is the executor's; with spark.sql.pyspark.worker.logging.enabled (Spark 4.1)
             the driver has it in `spark.tvf.python_worker_logs()`. Default: Spark's spark.sql.files.ignoreCorruptFiles.
@@ -140,6 +144,25 @@ class Options:
             if (text := lower.get(name.lower())) is not None:
                 values[field] = parse(name, text.strip())
         return cls(**values)
+
+
+def paths_of(given: Paths) -> tuple[str, ...]:
+    """Paths or URLs that an argument gives: one or several.
+
+    Raises:
+        ConfigError: none, or something else.
+    """
+    several = [given] if isinstance(given, str | os.PathLike) else given
+    paths = tuple(several) if isinstance(several, Iterable) and not isinstance(several, bytes) else ()
+    texts = tuple(os.fspath(path) for path in paths if isinstance(path, str | os.PathLike))
+    if not texts or len(texts) < len(paths) or not all(text.strip() for text in texts):
+        raise ConfigError(f"path: expected a path or URL, or a list of them, got {given!r}")
+    return texts
+
+
+def names_of(given: str | Iterable[str]) -> tuple[str, ...]:
+    """Names that an argument gives; a string is one name."""
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _check_names(given: Iterable[str]) -> None:
@@ -201,6 +224,13 @@ def _amount(units: Mapping[str, int], example: str) -> Callable[[str, str], int]
     return parse
 
 
+def _record_bytes(name: str, text: str) -> int:
+    value = _positive(_bytes)(name, text)
+    if value > LARGEST_RECORD_BYTES:
+        raise ConfigError(f"{name}: expected at most 2g - 1, as messages cannot be longer, got {text!r}")
+    return value
+
+
 def _positive(parse: Callable[[str, str], int]) -> Callable[[str, str], int]:
     def checked(name: str, text: str) -> int:
         value = parse(name, text)
@@ -257,7 +287,7 @@ _PARSERS: Mapping[str, tuple[str, Callable[[str, str], Any]]] = {
     "binaryFeatures": ("binary_features", lambda name, text: frozenset(_names(name, text)) if text else frozenset()),
     "verifyChecksum": ("verifies", _bool),
     "maxRecordsPerFile": ("max_records_per_file", _count),
-    "maxRecordBytes": ("max_record_bytes", _positive(_bytes)),
+    "maxRecordBytes": ("max_record_bytes", _record_bytes),
     "recursiveFileLookup": ("is_recursive", _bool),
     "basePath": ("base_path", _optional),
     "pathGlobFilter": ("name_glob", _optional),

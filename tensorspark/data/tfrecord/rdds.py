@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyspark.sql import SparkSession
@@ -10,6 +9,7 @@ from pyspark.sql.types import BinaryType, StructField, StructType
 
 from tensorspark.data.tfrecord.format.types import BYTE_ARRAY_COLUMN
 from tensorspark.data.tfrecord.frames import load_tfrecords, save_tfrecords
+from tensorspark.data.tfrecord.options import PathLike, Paths
 from tensorspark.errors import FeedError
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 _SCHEMA = StructType([StructField(BYTE_ARRAY_COLUMN, BinaryType(), nullable=False)])
 
 
-def save_tfrecords_rdd(rdd: RDD[Any], path: str, *, mode: str = "error", codec: str = "none", **options: Any) -> None:
+def save_tfrecords_rdd(
+    rdd: RDD[Any], path: PathLike, *, mode: str = "error", codec: str = "none", **options: Any
+) -> None:
     """Writes an RDD of serialized records as TFRecord files, one or more per partition.
 
     For messages that are made already, of `tf.train.Example` or of anything else. Rows go through pickle, one by one:
@@ -36,14 +38,16 @@ def save_tfrecords_rdd(rdd: RDD[Any], path: str, *, mode: str = "error", codec: 
     save_tfrecords(rows, path, mode=mode, record_type="ByteArray", codec=codec, **options)
 
 
-def load_tfrecords_rdd(spark: SparkSession, path: str | Sequence[str], **options: Any) -> RDD[bytes]:
+def load_tfrecords_rdd(spark: SparkSession, path: Paths, **options: Any) -> RDD[bytes]:
     """An RDD of the records of TFRecord files, serialized as they are.
 
     Args:
         path: as for `load_tfrecords`; so are the options.
 
     Raises:
-        ConfigError: an argument that cannot work, or a path that does not exist.
+        ConfigError: an argument that cannot work.
+        AnalysisException: Spark's, with a ConfigError or StagingError in its text: a path that does not exist, or files
+            that cannot be listed.
     """
     records = load_tfrecords(spark, path, schema=_SCHEMA, record_type="ByteArray", **options)
     return records.rdd.map(lambda row: bytes(row[0]))

@@ -11,15 +11,10 @@ from typing import Any
 import fsspec
 import pytest
 
-from tensorspark.data.tfrecord.storage import commit
-from tensorspark.data.tfrecord.storage.commit import (
-    TaskFiles,
-    TaskOutput,
-    WriteJob,
-    abort_job,
-    commit_batch,
-    commit_job,
-)
+from tensorspark.data.tfrecord.storage import job as job_module
+from tensorspark.data.tfrecord.storage.commit import abort_job, commit_batch, commit_job
+from tensorspark.data.tfrecord.storage.job import TaskFiles, WriteJob
+from tensorspark.data.tfrecord.storage.task_output import TaskOutput
 from tensorspark.errors import ConfigError, StagingError
 from tests.hadoop.cluster import HdfsCluster
 
@@ -52,7 +47,7 @@ def _write(job: WriteJob, partition: int, attempt: str, *contents: str, director
         file = output.open(directory, ".tfrecord")
         file.write(content.encode())
         file.close()
-    return output.finish(len(contents))
+    return output.finish()
 
 
 def _tree(job: WriteJob) -> dict[str, str]:
@@ -70,6 +65,22 @@ def _tree(job: WriteJob) -> dict[str, str]:
                 with filesystem.open(entry["name"], "rb") as file:
                     found[entry["name"][len(path) + 1 :]] = bytes(file.read()).decode()
     return found
+
+
+@pytest.mark.parametrize("mode", ["error", "ignore"])
+def test_of_two_writes_that_began_at_once_and_want_no_other_the_first_wins(target: str, mode: str) -> None:
+    first = _job(target, "first", mode=mode, existed=False)
+    second = _job(target, "second", mode=mode, existed=False)
+    tasks = [[_write(job, 0, "1-a", job.job_id)] for job in (first, second)]
+
+    commit_job(first, tasks[0])
+    if mode == "error":
+        with pytest.raises(ConfigError, match="to be absent, but another write has come to its end there meanwhile"):
+            commit_job(second, tasks[1])
+    else:
+        commit_job(second, tasks[1])
+
+    assert _tree(first) == {"part-00000-first-c000.tfrecord": "first", "_SUCCESS": ""}
 
 
 def test_nothing_is_visible_before_the_commit_and_all_after_it(target: str) -> None:
@@ -114,7 +125,7 @@ def test_appending_keeps_what_is_there(target: str) -> None:
 
 
 def test_overwriting_replaces_all_that_is_there(target: str) -> None:
-    first, second = _job(target, "first"), _job(target, "second", replaces=True)
+    first, second = _job(target, "first"), _job(target, "second", mode="overwrite")
     commit_job(
         first, [_write(first, 0, "1-a", "old"), _write(first, 1, "2-a", "old too", directory="p=1"), TaskFiles("3-a")]
     )
@@ -129,7 +140,7 @@ def test_overwriting_replaces_all_that_is_there(target: str) -> None:
 
 
 def test_overwriting_dynamically_replaces_the_partitions_that_get_rows(target: str) -> None:
-    first, second = _job(target, "first"), _job(target, "second", replaces=True, is_dynamic=True)
+    first, second = _job(target, "first"), _job(target, "second", mode="overwrite", is_dynamic=True)
     commit_job(
         first, [_write(first, 0, "1-a", "old 1", directory="p=1"), _write(first, 1, "2-a", "old 2", directory="p=2")]
     )
@@ -144,7 +155,7 @@ def test_overwriting_dynamically_replaces_the_partitions_that_get_rows(target: s
 
 
 def test_overwriting_dynamically_without_partitions_replaces_the_files_that_lie_there(target: str) -> None:
-    first, second = _job(target, "first"), _job(target, "second", replaces=True, is_dynamic=True)
+    first, second = _job(target, "first"), _job(target, "second", mode="overwrite", is_dynamic=True)
     commit_job(first, [_write(first, 0, "1-a", "old"), _write(first, 1, "2-a", "other", directory="p=1")])
 
     commit_job(second, [_write(second, 0, "1-a", "new")])
@@ -167,7 +178,7 @@ def test_aborting_leaves_nothing(target: str) -> None:
 
 
 def test_aborting_leaves_what_was_there_before(target: str) -> None:
-    first, second = _job(target, "first"), _job(target, "second", replaces=True)
+    first, second = _job(target, "first"), _job(target, "second", mode="overwrite")
     commit_job(first, [_write(first, 0, "1-a", "old")])
     _write(second, 0, "1-a", "half")
 
@@ -187,7 +198,7 @@ def test_a_job_leaves_another_jobs_temporary_files_alone(target: str) -> None:
 
 
 def test_a_commit_that_fails_halfway_takes_back_what_it_moved(target: str) -> None:
-    first, second = _job(target, "first"), _job(target, "second", replaces=True)
+    first, second = _job(target, "first"), _job(target, "second", mode="overwrite")
     commit_job(first, [_write(first, 0, "1-a", "old")])
     written = _write(second, 0, "1-a", "new")
     lost = TaskFiles("2-a", ("p=1/part-00001-second-c000.tfrecord",))
@@ -207,7 +218,7 @@ def test_a_commit_that_fails_halfway_takes_back_what_it_moved(target: str) -> No
 def test_overwriting_shows_old_files_or_new_ones_and_never_both(
     target: str, is_dynamic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = _job(target, "first"), _job(target, "second", replaces=True, is_dynamic=is_dynamic)
+    first, second = _job(target, "first"), _job(target, "second", mode="overwrite", is_dynamic=is_dynamic)
     olds = [_write(first, index, f"{index}-a", "old", directory=f"p={index}") for index in range(2)]
     commit_job(first, olds)
     news = [_write(second, index, f"{index}-a", "new", directory=f"p={index}") for index in range(2)]
@@ -218,7 +229,7 @@ def test_overwriting_shows_old_files_or_new_ones_and_never_both(
         seen.append((tree.pop("_SUCCESS", None) is not None, set(tree.values())))
         return operation()
 
-    monkeypatch.setattr(commit, "attempt", looking)
+    monkeypatch.setattr(job_module, "attempt", looking)
     commit_job(second, news)
 
     assert {"old", "new"} not in [texts for _, texts in seen]
@@ -237,7 +248,7 @@ def test_overwriting_that_fails_at_any_step_leaves_what_was_there(
     before = _tree(first)
     steps = 0
     while True:
-        second = _job(str(tmp_path / "out"), f"second-{steps}", replaces=True, is_dynamic=is_dynamic)
+        second = _job(str(tmp_path / "out"), f"second-{steps}", mode="overwrite", is_dynamic=is_dynamic)
         news = [_write(second, index, f"{index}-a", "new", directory=f"p={index + 1}") for index in range(2)]
         num_done = 0
 
@@ -249,7 +260,7 @@ def test_overwriting_that_fails_at_any_step_leaves_what_was_there(
             return operation()
 
         with monkeypatch.context() as patch:
-            patch.setattr(commit, "attempt", failing)
+            patch.setattr(job_module, "attempt", failing)
             try:
                 commit_job(second, news)
             except StagingError:
@@ -303,7 +314,7 @@ def test_a_batch_whose_commit_was_cut_off_is_there_once(target: str, monkeypatch
             raise DriverDied
         return operation()
 
-    monkeypatch.setattr(commit, "attempt", die)
+    monkeypatch.setattr(job_module, "attempt", die)
     with pytest.raises(DriverDied):
         commit_batch(job, [second, first], "query", 3)
     monkeypatch.undo()
@@ -333,7 +344,7 @@ def test_batches_follow_each_other_and_the_log_does_not_grow(target: str) -> Non
 
 
 def test_a_local_write_is_visible_when_its_task_ends(tmp_path: Path) -> None:
-    job = _job(str(tmp_path / "out"), locality="local", tolerates_existing=False)
+    job = _job(str(tmp_path / "out"), locality="local", mode="error")
 
     _write(job, 0, "1-a", "zero")
 
@@ -364,20 +375,59 @@ def test_a_local_write_takes_away_what_a_killed_attempt_of_its_task_left(tmp_pat
     }
 
 
-def test_a_local_write_looks_for_files_of_others_where_it_runs(tmp_path: Path) -> None:
-    (tmp_path / "part-00000-other").write_bytes(b"")
+@pytest.mark.parametrize("place", ["part-other", "p=1/part-other", "p=1/q=2/part-other", "other/part-other"])
+def test_a_local_write_looks_for_files_of_others_where_it_runs(tmp_path: Path, place: str) -> None:
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).write_bytes(b"")
     url = str(tmp_path)
 
-    assert TaskOutput(_job(url, locality="local", tolerates_existing=True), 0, "1-a").is_wanted()
-    assert not TaskOutput(_job(url, locality="local", tolerates_existing=None), 0, "1-a").is_wanted()
+    assert TaskOutput(_job(url, locality="local", mode="append"), 0, "1-a").is_wanted()
+    assert not TaskOutput(_job(url, locality="local", mode="ignore"), 0, "1-a").is_wanted()
     with pytest.raises(ConfigError, match=r"expected '.*' to be absent on .*, but files are there"):
-        TaskOutput(_job(url, locality="local", tolerates_existing=False), 0, "1-a").is_wanted()
+        TaskOutput(_job(url, locality="local", mode="error"), 0, "1-a").is_wanted()
 
 
-def test_a_local_write_that_is_aborted_takes_this_hosts_files_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["error", "ignore"])
+def test_a_local_write_takes_the_directories_of_its_own_job_for_no_others(tmp_path: Path, mode: str) -> None:
+    job = _job(str(tmp_path / "out"), locality="local", mode=mode, existed=False)
+    _write(job, 0, "1-a", "zero", directory="p=1/q=2")
+    (tmp_path / "out" / "p=3").mkdir()  # of a task that is about to move its file there
+    second = TaskOutput(job, 1, "2-a")
+
+    assert second.is_wanted()
+    second.open("p=1/q=2", ".tfrecord").close()
+    second.finish()
+
+    assert _tree(job) == {
+        "p=1/q=2/part-00000-job-c000.tfrecord": "zero",
+        "p=1/q=2/part-00001-job-c000.tfrecord": "",
+    }
+
+
+@pytest.mark.parametrize("directory", ["", "p=1", "p=1/q=2"])
+def test_a_local_write_that_is_aborted_takes_this_hosts_files_back(tmp_path: Path, directory: str) -> None:
     job = _job(str(tmp_path / "out"), locality="local", existed=False)
-    task = _write(job, 0, "1-a", "zero")
+    tasks = [_write(job, index, "1-a", "zero", directory=directory) for index in range(2)]
 
-    abort_job(job, [task])
+    abort_job(job, tasks)
 
     assert not (tmp_path / "out").exists()
+
+
+def test_a_local_write_that_is_aborted_leaves_what_was_there_before(tmp_path: Path) -> None:
+    first, second = (_job(str(tmp_path / "out"), name, locality="local") for name in ("first", "second"))
+    _write(first, 0, "1-a", "old", directory="p=1")
+
+    abort_job(second, [_write(second, 0, "1-a", "new", directory=place) for place in ("p=1", "p=2")])
+
+    assert _tree(second) == {"p=1/part-00000-first-c000.tfrecord": "old"}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["p=1"]
+
+
+def test_a_local_write_whose_task_fails_leaves_nothing_on_its_host(tmp_path: Path) -> None:
+    output = TaskOutput(_job(str(tmp_path / "out"), locality="local"), 0, "1-a")
+    output.open("p=1", ".tfrecord").close()
+
+    output.discard()
+
+    assert list((tmp_path / "out").iterdir()) == []

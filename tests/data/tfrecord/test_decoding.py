@@ -5,6 +5,7 @@ from __future__ import annotations
 import decimal
 import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tensorspark.data.tfrecord.format import features
 from tensorspark.data.tfrecord.format.decoding import Decoder
 from tensorspark.data.tfrecord.format.framing import Records
 from tensorspark.errors import FeedError
@@ -200,6 +202,50 @@ def test_records_alike_but_for_one_are_read_as_each_would_be_alone(data: st.Data
         assert _rows(schema, payloads) == alone
         if change == "none" and b"digest" in chosen:
             assert [row["digest"] for row in alone] == [dict(row)[b"digest"][-20:] for row in rows]
+
+
+_LAYOUTS: list[Callable[[np.random.Generator], list[tuple[bytes, bytes]]]] = [
+    lambda rng: [(b"x", packed_floats(*rng.normal(size=3))), (b"y", packed_ints(int(rng.integers(0, 128))))],
+    lambda rng: [(b"x", packed_floats(*rng.normal(size=3))), (b"y", packed_ints(int(rng.integers(128, 2**14))))],
+    lambda rng: [(b"y", packed_ints(int(rng.integers(0, 128)))), (b"x", packed_floats(*rng.normal(size=3)))],
+    lambda rng: [(b"x", packed_floats(*rng.normal(size=3)))],
+    lambda rng: [(b"y", packed_ints(int(rng.integers(0, 128)))), (b"z", strings(rng.bytes(9)))],
+    lambda rng: [(b"z", strings(rng.bytes(5))), (b"x", packed_floats(0.5))],
+    lambda rng: [(b"x", packed_floats()), (b"z", strings(b""))],
+    lambda rng: [(b"y", packed_ints(int(rng.integers(2**14, 2**21))))],
+    lambda rng: [(b"z", strings(rng.bytes(17)))],
+    lambda rng: [],
+]
+_LAYOUTS_SCHEMA = pa.schema([("z", pa.binary()), ("x", pa.list_(pa.float32())), ("y", pa.int64())])
+
+
+@given(
+    st.lists(st.sampled_from(range(len(_LAYOUTS))), min_size=1, max_size=10, unique=True),
+    st.integers(1, 200),
+    st.integers(0, 99),
+)
+def test_records_of_several_layouts_are_read_in_their_order(layouts: list[int], num_rows: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    payloads = [example_of(*_LAYOUTS[index](rng)) for index in rng.choice(layouts, num_rows)]
+    alone = [row for payload in payloads for row in _rows(_LAYOUTS_SCHEMA, [payload])]
+    assert _rows(_LAYOUTS_SCHEMA, payloads) == alone
+
+
+@pytest.mark.parametrize(("num_layouts", "is_quick"), [(1, True), (2, True), (8, True), (9, False)])
+def test_records_of_few_layouts_are_not_walked(num_layouts: int, is_quick: bool) -> None:
+    rng = np.random.default_rng(23)
+    payloads = [example_of(*_LAYOUTS[index](rng)) for index in rng.permutation(np.arange(400) % num_layouts)]
+    assert (features.alike(Records.of(payloads).ragged()) is not None) is is_quick
+
+
+def test_among_records_of_several_layouts_an_error_names_the_record() -> None:
+    narrow, wide = example_of((b"a", packed_ints(5))), example_of((b"a", packed_ints(500)))
+    message = _error(pa.schema([("a", pa.int8())]), [*[narrow, narrow[:-1] + b"\x06"] * 20, wide, narrow, wide])
+    assert "hdfs://h/part-3: record 1040: feature 'a'" in message
+    assert "got 500" in message
+    other = example_of((b"a", packed_floats(0.5)))
+    message = _error(pa.schema([("a", pa.int64())]), [*[wide, narrow] * 20, wide, other, narrow, other])
+    assert "record 1041: feature 'a': expected Int64List for a column of type int64, got FloatList" in message
 
 
 def test_damage_among_records_without_features_is_an_error_that_names_the_record() -> None:

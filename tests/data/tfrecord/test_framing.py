@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import struct
@@ -57,6 +58,17 @@ def _compressed(payloads: Sequence[bytes], codec: Codec | None) -> bytes:
     writer.write(frame(Records.of(list(payloads))))
     writer.close()
     return file.getvalue()
+
+
+def _intact(compressed: bytes, codec: Codec, content: bytes) -> bytes:
+    """The beginning of `content` that comes of a damaged file, given to zlib byte by byte."""
+    inflater = zlib.decompressobj(31 if codec == "gzip" else 15)
+    inflated = bytearray()
+    with contextlib.suppress(zlib.error):
+        for byte in compressed:
+            inflated += inflater.decompress(bytes([byte]))
+    is_equal = [one == other for one, other in zip(inflated, content, strict=False)]
+    return content[: [*is_equal, False].index(False)]
 
 
 def _read_until_damage(content: bytes, **options: Any) -> tuple[list[bytes], str]:
@@ -171,9 +183,9 @@ def test_a_file_cut_anywhere_is_an_error_and_its_whole_records_are_given(codec: 
         found, message = _read_until_damage(whole[:kept], codec=codec, batch_bytes=batch_bytes)
         assert "hdfs://h/part-0" in message
         assert "truncated" in message
-        assert found == payloads[: len(found)]
+        intact = whole[:kept] if codec is None else _intact(whole[:kept], codec, content)
+        assert found == payloads[: len(intact) // 46]
         if codec is None:
-            assert len(found) == kept // 46
             assert f"offset {kept // 46 * 46}" in message
     assert _read(_compressed(payloads, codec), codec=codec) == _read(content) == payloads
 
@@ -228,11 +240,63 @@ def test_damage_within_compressed_data_is_an_error() -> None:
     whole = _compressed(noise, "gzip")
     wrong_sum = whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:]
     found, message = _read_until_damage(wrong_sum, codec="gzip", batch_bytes=10_000)
-    assert found == noise[: len(found)]
+    assert found == noise
     assert "gzip" in message
     found, message = _read_until_damage(whole + b"rubbish", codec="gzip")
     assert found == noise
     assert "gzip" in message
+
+
+@pytest.mark.parametrize("codec", ["gzip", "zlib"])
+@pytest.mark.parametrize("batch_bytes", [1000, 10_000, 2**22])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.95])
+def test_all_records_before_damage_in_compressed_data_are_given(codec: Codec, batch_bytes: int, share: float) -> None:
+    rng = np.random.default_rng(17)
+    payloads = [bytes(rng.integers(0, 20, 84).astype(np.uint8)) for _ in range(2000)]
+    content = frame(Records.of(payloads))
+    whole = bytearray(_compressed(payloads, codec))
+    place = int(len(whole) * share)
+    whole[place : place + 100] = bytes([0xFF]) * 100
+    num_intact = len(_intact(bytes(whole), codec, content)) // 100
+    found, _ = _read_until_damage(bytes(whole), codec=codec, batch_bytes=batch_bytes)
+    assert abs(num_intact - share * 2000) < 100
+    assert found == payloads[:num_intact]
+
+
+def test_zeros_after_the_members_of_a_gzip_file_are_padding() -> None:
+    content = frame(Records.of(PAYLOADS))
+    padded = b"".join(gzip.compress(part) + bytes(num) for part, num in ((content[:100], 9), (content[100:], 2**18)))
+    assert gzip.decompress(padded) == content
+    assert _read(padded, codec="gzip") == PAYLOADS
+    assert _read_until_damage(padded + b"rubbish", codec="gzip")[0] == PAYLOADS
+    assert _read_until_damage(zlib.compress(content) + bytes(9), codec="zlib")[0] == PAYLOADS
+
+
+@pytest.mark.parametrize(
+    ("compressed", "codec"),
+    [
+        (gzip.compress(frame(Records.of(PAYLOADS)), mtime=1_800_000_000), "gzip"),
+        (gzip.compress(frame(Records.of(PAYLOADS)), mtime=0), "gzip"),  # which gives a length below the limit
+        *((zlib.compress(frame(Records.of(PAYLOADS)), level), "zlib") for level in (1, 6, 9)),
+    ],
+)
+@pytest.mark.parametrize("verifies", [True, False])
+def test_a_compressed_file_read_without_its_codec_is_told_from_a_large_record(
+    compressed: bytes, codec: str, verifies: bool
+) -> None:
+    found, message = _read_until_damage(compressed, verifies=verifies)
+    assert not found
+    assert f"it looks like {codec}: set codec" in message
+
+
+def test_a_length_over_the_limit_may_be_damage_where_checksums_are_not_compared() -> None:
+    content = frame(Records.of([bytes(120)]))
+    assert "damaged" not in _read_until_damage(content, max_record_bytes=100)[1]
+    message = _read_until_damage(content, max_record_bytes=100, verifies=False)[1]
+    assert "raise maxRecordBytes, or write smaller ones; or the file is damaged" in message
+    assert "ignoreCorruptFiles" in message
+    assert "codec" not in message
+    assert "codec" not in _read_until_damage(content[:-1], verifies=False)[1]
 
 
 def test_a_compressed_file_read_without_its_codec_says_which() -> None:

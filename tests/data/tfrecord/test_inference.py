@@ -131,6 +131,17 @@ def test_bytes_that_are_no_example_are_an_error_that_names_file_and_record() -> 
         _infer(b"", b"\x0a\x05abc")
 
 
+def test_feature_lists_among_examples_are_an_error_that_names_the_record_type() -> None:
+    context = example_of((b"c", packed_ints(1)))
+    lists = delimited(2, delimited(1, delimited(1, b"a") + delimited(2, delimited(1, packed_ints(1)))))
+    expected = (
+        r"part-0: record 2: expected a tf\.train\.Example, got the feature lists of a SequenceExample.*recordType"
+    )
+    with pytest.raises(FeedError, match=expected):
+        _infer(context, context, context + lists, context, lists)
+    assert _infer(context, record_type="SequenceExample") == _infer(context) == {"c": LONG}
+
+
 def test_a_name_that_is_no_utf8_is_an_error() -> None:
     with pytest.raises(FeedError, match=r"names in UTF-8, got b'\\xff'"):
         _infer(example_of((b"\xff", packed_ints(1))))

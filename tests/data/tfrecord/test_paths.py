@@ -7,6 +7,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -95,17 +96,39 @@ def test_a_path_that_exists_as_it_is_written_is_no_glob(tmp_path: Path) -> None:
     assert _paths(tmp_path / "a[1]") == [literal]
 
 
-def test_a_list_of_paths_gives_each_file_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("again", ["{}/b", "{}/b/", "{}/b/f*", "{}/*", "file://{}/b"])
+def test_a_list_of_paths_gives_each_file_once(tmp_path: Path, again: str) -> None:
     first, second = _write(tmp_path / "a" / "f"), _write(tmp_path / "b" / "f")
 
-    assert _paths(tmp_path / "b", tmp_path / "a", tmp_path / "b") == [second, first]
+    assert _paths(tmp_path / "b", tmp_path / "a", again.format(tmp_path)) == [second, first]
 
 
-def test_the_name_filter_applies_to_names_of_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("urls", [[""], ["*"], ["a.tfrecord", "b.tfr", "c.txt"]], ids=["directory", "glob", "files"])
+def test_the_name_filter_applies_to_names_of_files(tmp_path: Path, urls: list[str]) -> None:
     wanted = [_write(tmp_path / "a.tfrecord"), _write(tmp_path / "b.tfr")]
     _write(tmp_path / "c.txt")
 
-    assert _paths(tmp_path, pathGlobFilter="*.{tfrecord,tfr}") == wanted
+    assert _paths(*(tmp_path / url for url in urls), pathGlobFilter="*.{tfrecord,tfr}") == wanted
+
+
+def test_links_are_followed_and_what_has_no_end_is_passed_over(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    expected = [_write(tmp_path / "in" / "k=0" / "f"), str(tmp_path / "in" / "k=1" / "g")]
+    _write(elsewhere / "g")
+    (tmp_path / "in" / "k=1").symlink_to(elsewhere)
+    (tmp_path / "in" / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "in" / "round").symlink_to(tmp_path / "in")
+    os.mkfifo(tmp_path / "in" / "pipe")
+
+    assert _paths(tmp_path / "in") == expected
+    assert _paths(tmp_path / "in", recursiveFileLookup="true") == expected[:1]
+
+
+@pytest.mark.parametrize(("texts", "values"), [(["+7", "007"], [7, 7]), (["\u0661\u0662", "7"], ["\u0661\u0662", "7"])])
+def test_numbers_of_directories_are_read_as_they_were_typed(texts: list[str], values: list[Any]) -> None:
+    files = [_file(f"/{text}", 1, k=text) for text in texts]
+    (field,) = partition_schema(files)
+    assert [partition_value(file, field).as_py() for file in files] == values
 
 
 def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:
@@ -141,6 +164,37 @@ def test_other_filesystems_are_listed_alike(memory: str) -> None:
         (f"{directory}/p=10/a", 5, (("p", "10"),)),
         (f"{directory}/p=2/b", 5, (("p", "2"),)),
     ]
+
+
+class _RemembersListings(fsspec.AbstractFileSystem):
+    """Local files, listed once, as some of fsspec's remote filesystems are until their cache is invalidated."""
+
+    protocol = "remembered"
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
+        if path not in self.dircache:
+            if not Path(path).is_dir():
+                raise FileNotFoundError(path)
+            self.dircache[path] = [
+                {"name": str(each), "size": each.stat().st_size, "type": "directory" if each.is_dir() else "file"}
+                for each in sorted(Path(path).iterdir())
+            ]
+        return self.dircache[path] if detail else [entry["name"] for entry in self.dircache[path]]
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self.dircache.clear()
+
+
+@pytest.mark.parametrize("name", ["late", "l*", ""], ids=["file", "glob", "directory"])
+def test_what_was_written_since_the_last_listing_is_found(tmp_path: Path, name: str) -> None:
+    fsspec.register_implementation("remembered", _RemembersListings, clobber=True)
+    early, url = _write(tmp_path / "early"), f"remembered://{tmp_path}"
+    for before in ("", "/*", "/early"):
+        assert _paths(f"{url}{before}") == [early]
+
+    late = _write(tmp_path / "late")
+
+    assert late in _paths(f"{url}/{name}")
 
 
 # --- columns from directories -----------------------------------------------------------------------------------------

@@ -31,6 +31,13 @@ REMEDY = "write it again, or set ignoreCorruptFiles to skip the rest of it"
 """What can be done about a damaged file."""
 
 
+class Sink(Protocol):
+    """What compressed bytes are written to: a file, of which no more is needed."""
+
+    def write(self, data: bytes | memoryview, /) -> object:
+        """Takes all of `data`."""
+
+
 class Writer(Protocol):
     """What records are written to."""
 
@@ -41,7 +48,7 @@ class Writer(Protocol):
         """Writes what is left. The file beneath stays open."""
 
 
-def open_writer(file: IO[bytes], codec: Codec | None, level: int = COMPRESSION_LEVEL) -> Writer:
+def open_writer(file: Sink, codec: Codec | None, level: int = COMPRESSION_LEVEL) -> Writer:
     """What compresses by `codec` into `file`, or passes on as it is.
 
     Raises:
@@ -57,7 +64,7 @@ class CompressingWriter:
         level: zlib's, 1 (fast, our default: floats hardly get smaller by a higher one) to 9.
     """
 
-    def __init__(self, file: IO[bytes], codec: Codec, level: int = COMPRESSION_LEVEL) -> None:
+    def __init__(self, file: Sink, codec: Codec, level: int = COMPRESSION_LEVEL) -> None:
         check_codec(codec)
         if level not in range(10):
             raise ConfigError(f"compression level: expected 0 to 9, got {level!r}")
@@ -75,7 +82,7 @@ class CompressingWriter:
 
 
 class _Passed:
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: Sink) -> None:
         self._file = file
 
     def write(self, data: bytes | memoryview) -> None:
@@ -154,18 +161,37 @@ class Inflated:
     def _inflate(self, max_bytes: int) -> bytes:
         """What comes of the pending bytes; where the inflater still holds output, it needs none."""
         if self._inflater.eof:
+            if self._codec == "gzip":  # members may be padded, to the blocks of a tape
+                self._pending = self._pending.lstrip(b"\0")
             if not self._pending:
                 return b""
             self._inflater = zlib.decompressobj(_WINDOW_BITS[self._codec])
         self._has_begun |= bool(self._pending)
+        before = self._inflater.copy()
         try:
             chunk = self._inflater.decompress(self._pending, max_bytes)
         except zlib.error as error:
+            chunk = _before_damage(before, self._pending)
             self.damage = DamageError(
-                f"expected {self._codec} data, got other bytes after {self._num_out} uncompressed ones ({error}); "
-                "the file is damaged, or not of the codec that its name (or the option codec) says: rename it, "
-                f"set codec, {REMEDY}"
+                f"expected {self._codec} data, got other bytes after {self._num_out + len(chunk)} uncompressed ones "
+                f"({error}); the file is damaged, or not of the codec that its name (or the option codec) says: rename "
+                f"it, set codec, {REMEDY}"
             )
-            return b""
+            return chunk
         self._pending = self._inflater.unused_data if self._inflater.eof else self._inflater.unconsumed_tail
         return chunk
+
+
+def _before_damage(inflater: zlib._Decompress, compressed: bytes) -> bytes:
+    """What the bytes before the wrong one give, found by halves: zlib drops all output of the call that raises."""
+    found: list[bytes] = []
+    while len(compressed) > 1:
+        middle = len(compressed) // 2
+        trial = inflater.copy()
+        try:
+            found.append(trial.decompress(compressed[:middle]))
+        except zlib.error:
+            compressed = compressed[:middle]
+        else:
+            inflater, compressed = trial, compressed[middle:]
+    return b"".join(found)

@@ -7,14 +7,15 @@ thread, on two busy cores (trust the ratios; `python -m benchmarks.tfrecord` mea
 =====================================  =======  ====================  =============================
 rows                                   decode   tf.io.parse_example   the same, with `tf.constant`
 =====================================  =======  ====================  =============================
-784 floats, label                      0.7 µs   1.3 µs                1.7 µs
-784 floats, label of varying width     2.2 µs   1.3 µs                1.5 µs
-two integers, float, string            0.8 µs   1.1 µs                1.2 µs
-two strings                            0.4 µs   0.8 µs                1.0 µs
+784 floats, label                      1.1 µs   1.5 µs                1.9 µs
+784 floats, label below 1000           1.1 µs   1.1 µs                1.4 µs
+two integers, float, string            0.8 µs   1.1 µs                1.3 µs
+two strings                            0.5 µs   0.9 µs                1.0 µs
 =====================================  =======  ====================  =============================
 
-Of the first row's records all have one layout (`features.alike`), the others are walked field by field. A call costs
-0.2 ms for the former, 1 ms for the latter, whatever the batch: small batches are slow.
+The records of the first row have one layout and those of the second two, one for each width of the label
+(`features.alike`); the others are walked field by field. A call costs some 0.5 ms for the former, 1 to 2 ms for the
+latter, whatever the batch: small batches are slow.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class _Job:
     def _alike(self, found: dict[bytes, Lists], field: pa.Field, kind: FeatureType, name: bytes) -> pa.Array:
         if name not in found:
             return pa.nulls(self._num_rows, field.type)
-        return self._from_features(field, kind, np.arange(self._num_rows), found[name])
+        return self._from_features(field, kind, found[name].messages.rows, found[name])
 
     def _walked(
         self, single: Entries, listed: Entries | None, field: pa.Field, kind: FeatureType, name: bytes

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from tensorspark.data.tfrecord.format.ragged import Bytes, Ints, Ragged, byte_mask, words
 from tensorspark.data.tfrecord.format.types import BYTES, FLOATS, INTS, NO_KIND
@@ -37,8 +38,8 @@ _KEY, _VALUE = 1, 2
 _VALUES = 1
 # Names are compared place by place where so many records, for each feature in one, have their features in one order.
 _MIN_ROWS_A_ROUND = 4
-# With fewer records there is little to gain.
-_MIN_ALIKE = 16
+# With fewer records, or more layouts, there is little to gain.
+_MIN_ALIKE, _MAX_LAYOUTS = 16, 8
 
 
 @dataclass(frozen=True)
@@ -236,27 +237,33 @@ class Values:
 
 
 def alike(rows: Ragged) -> dict[bytes, Lists] | None:
-    """The lists of `Example` records by name, where all have the bytes of the first everywhere but in the values.
+    """The lists of `Example` records by name, where the records have few layouts.
 
-    So are the records of most files that one program wrote, if their strings are of one length; then nothing has to be
-    walked but the first. None where they are not, or where the first is not of the plainest form: under each name one
-    list with one string or one packed field. Of several entries of one name, the last holds.
+    Records of one layout have the bytes of the first everywhere but in the values: so are those that one program wrote,
+    with a layout for each width that an integer has in them. Then nothing has to be walked but the first of each. None
+    where there are more than `_MAX_LAYOUTS`, or one is not of the plainest form: under each name one list with one
+    string or one packed field. Of several entries of one name, the last holds.
     """
-    grid = rows.grid()
-    if grid is None or len(grid) < _MIN_ALIKE:
+    if len(rows) < _MIN_ALIKE or len(np.unique(rows.lengths)) > _MAX_LAYOUTS:
         return None
-    num_rows, num_bytes = grid.shape
-    try:
-        places = _places(rows.data, int(rows.starts[0]), num_bytes)
-    except WireError:
-        return None
-    starts, ends = [place.start for place in places], [place.end for place in places]
-    for begin, end in zip([0, *ends], [*starts, num_bytes], strict=True):
-        for at in range(begin, end, 8):
-            columns = grid[:, at : min(at + 8, end)]
-            if (columns != columns[0]).any():
-                return None
-    return {place.name: place.lists(rows, np.arange(num_rows)) for place in places}
+    found: dict[bytes, list[tuple[_Place, Ints]]] = {}
+    left = np.arange(len(rows))
+    for num_before in range(_MAX_LAYOUTS):
+        first = int(left[0])
+        try:
+            places = _places(rows.data, int(rows.starts[first]), int(rows.lengths[first]))
+        except WireError:
+            return None
+        is_same = _has_layout_of(first, places, rows, left)
+        for place in places:
+            found.setdefault(place.name, []).append((place, left[is_same]))
+        left = left[~is_same]
+        if not len(left):
+            return {name: _lists_at(parts, rows) for name, parts in found.items()}
+        # Some records are of the first layouts where eight cover all; the first two may be rare ones.
+        if len(left) * _MAX_LAYOUTS > len(rows) * (_MAX_LAYOUTS + 1 - num_before):
+            return None
+    return None
 
 
 @dataclass(frozen=True)
@@ -268,11 +275,34 @@ class _Place:
     start: int
     end: int
 
-    def lists(self, rows: Ragged, index: Ints) -> Lists:
-        num_bytes = np.full(len(rows), self.end - self.start)
-        content = Ragged(rows.data, rows.starts + self.start, num_bytes)
-        messages = Messages(rows.data, content.starts, content.starts + num_bytes, index)
-        return Lists(np.full(len(rows), self.kind), messages, index, content)
+
+def _has_layout_of(first: int, places: list[_Place], rows: Ragged, which: Ints) -> NDArray[np.bool_]:
+    """Of the records `which`, those that have the bytes of record `first` everywhere but at its values."""
+    start, num_bytes = int(rows.starts[first]), int(rows.lengths[first])
+    is_same: NDArray[np.bool_] = rows.lengths[which] == num_bytes
+    starts, equal = rows.starts[which[is_same]], np.True_
+    eight = words(rows.data)
+    for begin, end in zip(
+        [0, *(place.end for place in places)], [*(place.start for place in places), num_bytes], strict=True
+    ):
+        for at in range(begin, end, 8):
+            equal = equal & ((eight[starts + at] ^ eight[start + at]) & byte_mask(min(end - at, 8)) == 0)
+    is_same[is_same] = equal
+    return is_same
+
+
+def _lists_at(parts: list[tuple[_Place, Ints]], rows: Ragged) -> Lists:
+    """The lists of one feature, by ascending record, from its place in some records and the indices of those."""
+    index = np.concatenate([which for _, which in parts])
+    order = np.argsort(index, kind="stable")
+    start, end, kind = (
+        np.repeat(each, [len(which) for _, which in parts])[order]
+        for each in zip(*((place.start, place.end, place.kind) for place, _ in parts), strict=True)
+    )
+    index = index[order]
+    content = Ragged(rows.data, rows.starts[index] + start, end - start)
+    messages = Messages(rows.data, content.starts, content.starts + content.lengths, index)
+    return Lists(kind, messages, np.arange(len(index)), content)
 
 
 def _places(data: Bytes, first: int, num_bytes: int) -> list[_Place]:

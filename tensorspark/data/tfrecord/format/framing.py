@@ -17,15 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorspark.data.tfrecord.format.compression import (
-    COMPRESSION_LEVEL,
     REMEDY,
     Codec,
-    CompressingWriter,
     DamageError,
     Inflated,
     Plain,
     Source,
-    Writer,
     check_codec,
     open_writer,
 )
@@ -34,12 +31,9 @@ from tensorspark.errors import ConfigError, FeedError
 
 __all__ = [
     "BATCH_BYTES",
-    "COMPRESSION_LEVEL",
     "MAX_RECORD_BYTES",
     "Codec",
-    "CompressingWriter",
     "Records",
-    "Writer",
     "frame",
     "framed",
     "masked_crc32c",
@@ -53,7 +47,7 @@ BATCH_BYTES = 2**22
 MAX_BATCH_RECORDS = 2**16
 
 _MASK_DELTA = 0xA282EAD8
-_MAGIC = {b"\x1f\x8b": "gzip", b"\x78": "zlib"}
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x78\x01": "zlib", b"\x78\x5e": "zlib", b"\x78\x9c": "zlib", b"\x78\xda": "zlib"}
 _LENGTH = struct.Struct("<Q")
 # Headers are looked for at equal distances, so many at once where it has gone well, and one by one where it has not.
 _MIN_RUN, _FIRST_RUN, _ONE_BY_ONE = 4, 64, 256
@@ -256,24 +250,26 @@ class _Scanner:
         if available >= HEADER_BYTES:
             header = buffer[position : position + HEADER_BYTES].tobytes()
             (length,) = _LENGTH.unpack_from(header)
-            if self._verifies and masked_crc32c(header[:8]) != int.from_bytes(header[8:], "little"):
-                hint = _codec_hint(header) if offset == 0 else ""
+            is_verified = self._verifies and masked_crc32c(header[:8]) == int.from_bytes(header[8:], "little")
+            hint = _codec_hint(header) if offset == 0 and not is_verified else ""
+            if self._verifies and not is_verified:
                 return 0, DamageError(
                     f"expected a record at offset {offset}, got a length that does not have its checksum; the file is "
                     f"damaged, or no TFRecord file{hint}: {REMEDY}"
                 )
             if length > self._max_record_bytes:
+                doubt = "" if is_verified else f"; or the file is damaged: {REMEDY}"
                 return 0, DamageError(
                     f"expected records of at most {self._max_record_bytes} bytes, got one of {length} at offset "
-                    f"{offset}; raise maxRecordBytes, or write smaller ones"
+                    f"{offset}{hint}; raise maxRecordBytes, or write smaller ones{doubt}"
                 )
             wanted = HEADER_BYTES + length + TRAILER_BYTES
         else:
-            wanted = HEADER_BYTES
+            wanted, hint = HEADER_BYTES, ""
         if is_end:
             return 0, DamageError(
-                f"expected {wanted} bytes for the record at offset {offset}, got {available}; the file is truncated: "
-                f"{REMEDY}"
+                f"expected {wanted} bytes for the record at offset {offset}, got {available}{hint}; the file is "
+                f"truncated: {REMEDY}"
             )
         return wanted, None
 

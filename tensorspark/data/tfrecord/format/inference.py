@@ -29,7 +29,7 @@ from tensorspark.data.tfrecord.format.types import (
     RecordType,
     check_record_type,
 )
-from tensorspark.data.tfrecord.format.wire import WireError
+from tensorspark.data.tfrecord.format.wire import DELIMITED, Fields, WireError
 from tensorspark.errors import ConfigError, FeedError
 
 # By rank.
@@ -93,6 +93,8 @@ def _infer(records: Records, which: Ints, record_type: RecordType) -> _Found:
     messages = features.records(records.ragged()).picked(which)
     try:
         top = messages.fields()
+        if record_type == "Example":
+            _require_no_lists(messages, top)
         _merge(found, _single(features.entries(messages, top, features.FEATURES)))
         if record_type == "SequenceExample":
             _merge(found, _listed(features.entries(messages, top, features.FEATURE_LISTS)))
@@ -103,6 +105,14 @@ def _infer(records: Records, which: Ints, record_type: RecordType) -> _Found:
             "recordType to what the file holds"
         ) from None
     return found
+
+
+def _require_no_lists(messages: Messages, top: Fields) -> None:
+    """Raises WireError where a record has feature lists: of its features, an Example has the context alone."""
+    has_lists = (top.number == features.FEATURE_LISTS) & (top.wire_type == DELIMITED)
+    if has_lists.any():
+        row = int(messages.rows[top.owner[has_lists].min()])
+        raise WireError(row, "the feature lists of a SequenceExample")
 
 
 def _single(entries: Entries) -> _Found:

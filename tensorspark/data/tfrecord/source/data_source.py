@@ -89,20 +89,41 @@ class TFRecordSource(DataSource):
         return TFRecordStreamWriter(schema, self._parsed(), overwrite)
 
     def _parsed(self) -> Options:
-        return Options.parse({**self.defaults, **{name.lower(): value for name, value in self.options.items()}})
+        return _parsed(self.defaults, self.options)
 
 
 def register_tfrecord(spark: SparkSession) -> None:
     """Makes ``format("tfrecord")`` and ``format("tfrecords")`` known to a session, for reads, writes and streams.
 
-    Call it once per session, and again for one made by `newSession`. What `Options` takes from the settings of Spark is
-    what they are now.
+    Call it once per session, and again for one made by `newSession`, in a thread that is to write, and after a change
+    of those settings of Spark from which `Options` takes its defaults: they are what they are now. Makes the session
+    the thread's active one, as Spark looks for the sources of a write there.
+
+    Raises:
+        ConfigError: something else than a session.
     """
+    if not isinstance(spark, SparkSession):
+        raise ConfigError(f"expected pyspark's SparkSession, got {type(spark).__name__}")
+    jvm: Any = spark._jvm
+    jvm.org.apache.spark.sql.SparkSession.setActiveSession(spark._jsparkSession)
     defaults = _defaults(spark)
     for name in NAMES:
         # A class of its own, so that Spark ships what it holds instead of its name.
         attributes: dict[str, Any] = {"format_name": name, "defaults": defaults}
         spark.dataSource.register(type(f"TFRecordSource_{name}", (TFRecordSource,), attributes))
+
+
+def session_options(spark: SparkSession, given: Mapping[str, str]) -> Options:
+    """The options of a read on the driver: those that are given, and of the others what Spark's settings say.
+
+    Raises:
+        ConfigError: as `Options.parse`.
+    """
+    return _parsed(_defaults(spark), given)
+
+
+def _parsed(defaults: Mapping[str, str], given: Mapping[str, str]) -> Options:
+    return Options.parse({**defaults, **{name.lower(): value for name, value in given.items()}})
 
 
 def _defaults(spark: SparkSession) -> dict[str, str]:

@@ -19,6 +19,7 @@ from pyspark.sql.types import (
     UserDefinedType,
 )
 
+from tensorspark.data.tfrecord.storage.paths import is_hidden
 from tensorspark.errors import ConfigError
 
 # What has a text that a directory's name can hold, and that can be read back.
@@ -31,8 +32,11 @@ def arrow_schema(schema: StructType) -> pa.Schema:
     """What Spark takes the columns of a schema as, to the bit.
 
     Raises:
-        ConfigError: a type that Arrow cannot hold.
+        ConfigError: a type that Arrow cannot hold, or two columns of one name.
     """
+    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"expected columns of different names, got {', '.join(twice)} twice; rename or drop one")
     for field in schema.fields:
         if isinstance(field.dataType, UserDefinedType):
             raise ConfigError(
@@ -53,6 +57,11 @@ def check_partition_columns(schema: StructType, names: Sequence[str]) -> None:
     if missing:
         raise ConfigError(f"partitionBy: expected columns of the DataFrame ({', '.join(schema.names)}), got {missing}")
     for name in names:
+        if is_hidden(f"{name}="):
+            raise ConfigError(
+                f"partitionBy: expected a name that does not begin with a dot, as such directories are not read, got "
+                f"{name!r}; rename the column"
+            )
         if not isinstance(schema[name].dataType, _DIRECTORY_TYPES):
             raise ConfigError(
                 f"partitionBy: expected a boolean, number, date or string, got {schema[name].dataType.simpleString()} "

@@ -15,15 +15,10 @@ from tensorspark.data.filesystem import TRANSFER_DEADLINE_S, attempt, open_files
 from tensorspark.data.tfrecord.format.encoding import Encoder
 from tensorspark.data.tfrecord.options import Options, SaveMode
 from tensorspark.data.tfrecord.source.schema import arrow_schema, check_partition_columns
-from tensorspark.data.tfrecord.storage.commit import (
-    TaskFiles,
-    TaskOutput,
-    WriteJob,
-    abort_job,
-    commit_batch,
-    commit_job,
-)
+from tensorspark.data.tfrecord.storage.commit import abort_job, commit_batch, commit_job
+from tensorspark.data.tfrecord.storage.job import TaskFiles, WriteJob
 from tensorspark.data.tfrecord.storage.paths import SETTING, describe, is_local
+from tensorspark.data.tfrecord.storage.task_output import TaskOutput
 from tensorspark.data.tfrecord.storage.writing import RowWriter
 from tensorspark.errors import ConfigError
 
@@ -56,22 +51,22 @@ class TFRecordWriter(DataSourceArrowWriter):
     def __init__(self, schema: StructType, options: Options, overwrites: bool) -> None:
         self._schema = checked_schema(schema, options)
         self._options = options
-        self._is_skipped, self._job = plan_job(options, overwrites, str(uuid.uuid4()))
+        self._job = plan_job(options, overwrites, str(uuid.uuid4()))
 
     def write(self, iterator: Iterator[pa.RecordBatch]) -> WriterCommitMessage:
         """Writes a task's rows, on an executor."""
-        if self._is_skipped:
+        if self._job.is_skipped:
             return Written(TaskFiles(""))
         return Written(write_rows(iterator, self._job, self._schema, self._options))
 
     def commit(self, messages: list[WriterCommitMessage | None]) -> None:
         """Makes the files visible, on the driver."""
-        if not self._is_skipped:
+        if not self._job.is_skipped:
             commit_job(self._job, _files(messages))
 
     def abort(self, messages: list[WriterCommitMessage | None]) -> None:
         """Removes what the tasks wrote, on the driver."""
-        if not self._is_skipped:
+        if not self._job.is_skipped:
             abort_job(self._job, _files(messages))
 
 
@@ -92,7 +87,7 @@ class TFRecordStreamWriter(DataSourceStreamArrowWriter):
             )
         self._schema = checked_schema(schema, options)
         self._options = options
-        _, self._job = plan_job(options, overwrites, "")
+        self._job = plan_job(options, overwrites, "")
 
     def write(self, iterator: Iterator[pa.RecordBatch]) -> WriterCommitMessage:
         """Writes a task's rows, on an executor."""
@@ -120,14 +115,21 @@ def checked_schema(schema: StructType, options: Options) -> pa.Schema:
     """The schema of a write, in Arrow; raises ConfigError where records or directories cannot hold its columns."""
     if len(options.urls) != 1:
         raise ConfigError(f"path: expected one directory to write to, got {len(options.urls)}")
+    if not schema.fields:
+        raise ConfigError("expected a DataFrame with columns, got one without: its rows would be lost")
     check_partition_columns(schema, options.partition_by)
     whole = arrow_schema(schema)
     Encoder(pa.schema([field for field in whole if field.name not in options.partition_by]), options.record_type)
     return whole
 
 
-def plan_job(options: Options, overwrites: bool, job_id: str) -> tuple[bool, WriteJob]:
-    """Whether there is nothing to do (`saveMode` ignore, and the directory is there), and the job."""
+def plan_job(options: Options, overwrites: bool, job_id: str) -> WriteJob:
+    """The job of a write.
+
+    Raises:
+        ConfigError: a path or mode that cannot be written to so.
+        StagingError: a filesystem that does not answer.
+    """
     (url,) = options.urls
     mode: SaveMode = options.save_mode or ("overwrite" if overwrites else "append")
     filesystem, path = open_filesystem(url, options.user, SETTING)
@@ -141,18 +143,17 @@ def plan_job(options: Options, overwrites: bool, job_id: str) -> tuple[bool, Wri
             f"path: expected {url!r} to be absent, but it is there; remove it, choose another path, or set the mode to "
             "append, overwrite or ignore"
         )
-    job = WriteJob(
+    return WriteJob(
         # A relative path means another directory on an executor.
         url=path if is_local(filesystem) else url,
         job_id=job_id,
-        replaces=mode == "overwrite",
-        is_dynamic=options.overwrites_dynamically,
+        mode=mode,
+        # As in Spark's own sources: without partitions there is nothing to choose from.
+        is_dynamic=options.overwrites_dynamically and bool(options.partition_by),
         locality=options.locality,
-        tolerates_existing={"error": False, "ignore": None}.get(mode, True),
         existed=present is not None,
         user=options.user,
     )
-    return mode == "ignore" and present is not None, job
 
 
 def write_rows(batches: Iterator[pa.RecordBatch], job: WriteJob, schema: pa.Schema, options: Options) -> TaskFiles:
@@ -177,7 +178,7 @@ def write_rows(batches: Iterator[pa.RecordBatch], job: WriteJob, schema: pa.Sche
         writer.abandon()
         output.discard()
         raise
-    return output.finish(writer.num_records)
+    return output.finish()
 
 
 def _check_local(url: str, is_on_this_host: bool, mode: SaveMode) -> None:

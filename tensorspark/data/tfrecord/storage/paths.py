@@ -29,9 +29,9 @@ _CODEC_ENDS: dict[str, Codec] = {".gz": "gzip", ".gzip": "gzip", ".deflate": "zl
 _UNKNOWN_ENDS = (".bz2", ".snappy", ".lz4", ".zst", ".zstd", ".lzo")
 # Hadoop's escapes, which Spark takes over: control characters and these.
 _ESCAPED = re.compile(r"[\x00-\x1f\"#%'*/:=?\\\x7f{\[\]^]")
-_INT = re.compile(r"[+-]?\d+")
-_FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+_INT = re.compile(r"[+-]?[0-9]+")
+_FLOAT = re.compile(r"[+-]?(NaN|Infinity|(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?)", re.ASCII)
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 
 Value = tuple[str, str | None]
 """A column's name, and the text of its value in a directory's name; None for null."""
@@ -57,15 +57,22 @@ class DataFile:
 
 
 def list_files(options: Options) -> list[DataFile]:
-    """All files that the options name, in the order of their paths under each URL.
+    """All files that the options name, each once, in the order of their paths under each URL.
 
     Raises:
         ConfigError: a path that does not exist, a glob that matches nothing, or directories that disagree on columns.
         StagingError: a filesystem that cannot be listed.
     """
-    files = [file for url in options.urls for file in _list_url(url, options)]
-    _check_columns(files)
-    return list({(file.root, file.path): file for file in files}.values())
+    found: list[tuple[str, DataFile]] = []
+    for url in options.urls:
+        filesystem, path = open_filesystem(url, options.user, SETTING)
+        identity = _identity(filesystem)
+        found += [(identity, file) for file in _list_url(filesystem, path, url, options)]
+    _check_columns([file for _, file in found])
+    first: dict[tuple[str, str], DataFile] = {}
+    for identity, file in found:
+        first.setdefault((identity, file.path), file)
+    return list(first.values())
 
 
 def partition_schema(files: Iterable[DataFile]) -> pa.Schema:
@@ -87,7 +94,7 @@ def partition_value(file: DataFile, field: pa.Field) -> pa.Scalar:
     if text is None:
         return pa.scalar(None, field.type)
     try:
-        return pa.scalar(text).cast(field.type)
+        return pa.scalar(text.removeprefix("+") if pa.types.is_integer(field.type) else text).cast(field.type)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise ConfigError(
             f"column {field.name!r}: expected {field.type} from the name of the directory, got {text!r} ({file.path}); "
@@ -139,6 +146,7 @@ def directory_name(column: str, text: str | None) -> str:
 
 def describe(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
     """fsspec's information on a path; None where nothing is there. The caller has a deadline."""
+    filesystem.invalidate_cache()  # some of fsspec's filesystems remember listings, and answer from them
     try:
         return dict(filesystem.info(path))
     except FileNotFoundError:
@@ -163,21 +171,27 @@ def children(filesystem: fsspec.AbstractFileSystem, directory: str, url: str) ->
         # Some of fsspec's filesystems remember listings, and some list a directory as its own child.
         filesystem.invalidate_cache()
         entries = filesystem.ls(directory, detail=True)
-        return [dict(entry) for entry in entries if entry["name"].rstrip("/") != directory.rstrip("/")]
+        # Of a local link it says no more than that; None where the link leads nowhere.
+        followed = (describe(filesystem, entry["name"]) if entry.get("islink") else dict(entry) for entry in entries)
+        return [entry for entry in followed if entry and entry["name"].rstrip("/") != directory.rstrip("/")]
 
     entries = attempt("list", url, listing, TRANSFER_DEADLINE_S, SETTING)
     return sorted(entries, key=lambda entry: str(entry["name"]))
 
 
-def _list_url(url: str, options: Options) -> Iterator[DataFile]:
-    filesystem, path = open_filesystem(url, options.user, SETTING)
+def _list_url(filesystem: fsspec.AbstractFileSystem, path: str, url: str, options: Options) -> Iterator[DataFile]:
     base = None if options.base_path is None else open_filesystem(options.base_path, options.user, SETTING)[1]
     for entry in attempt("list", url, lambda: _roots(filesystem, path, url), TRANSFER_DEADLINE_S, SETTING):
         values = () if base is None or options.is_recursive else _values_below(base, entry)
         if entry["type"] == "directory":
             yield from _walk(filesystem, entry["name"], values, url, options)
-        else:
+        elif _matches(base_name(entry["name"]), options.name_glob):
             yield _file(url, entry, values)
+
+
+def _identity(filesystem: fsspec.AbstractFileSystem) -> str:
+    """The same for filesystems that were opened alike; fsspec's equality asks for the same thread, too."""
+    return repr((type(filesystem), filesystem.storage_args, filesystem.storage_options))
 
 
 def _values_below(base: str, entry: dict[str, Any]) -> tuple[Value, ...]:
@@ -191,7 +205,7 @@ def _values_below(base: str, entry: dict[str, Any]) -> tuple[Value, ...]:
 
 def _roots(filesystem: fsspec.AbstractFileSystem, path: str, url: str) -> list[dict[str, Any]]:
     """What a path or glob names. A path that exists as it is written is no glob."""
-    entry = describe(filesystem, path)
+    entry = describe(filesystem, path)  # which forgets remembered listings, for the glob as well
     if entry is not None:
         return [entry]
     if not re.search(r"[*?\[{]", path):
@@ -212,11 +226,14 @@ def _walk(
         name = base_name(entry["name"])
         if is_hidden(name):
             continue
-        if entry["type"] != "directory":
+        if entry["type"] == "file":
             if _matches(name, options.name_glob):
                 yield _file(url, entry, values)
+        elif entry["type"] != "directory":
+            continue  # a pipe or socket has no end
         elif options.is_recursive:
-            yield from _walk(filesystem, entry["name"], (), url, options)
+            if not entry.get("islink"):  # which may lead round in a circle
+                yield from _walk(filesystem, entry["name"], (), url, options)
         elif "=" in name:
             yield from _walk(filesystem, entry["name"], (*values, _value(name)), url, options)
 

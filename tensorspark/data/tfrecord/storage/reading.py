@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import IO, Any, Literal
@@ -42,6 +42,13 @@ def read_batches(files: Sequence[DataFile], schema: pa.Schema, options: Options)
         StagingError: a file that cannot be read.
     """
     from_directories = {name for file in files for name, _ in file.values}
+    exact = {name.lower(): name for name in from_directories}
+    for name in schema.names:
+        if exact.get(name.lower(), name) != name and name not in from_directories:
+            raise ConfigError(
+                f"column {name!r}: expected {exact[name.lower()]!r}, as the directories' names have it; upper and "
+                "lower case differ here, whatever spark.sql.caseSensitive says"
+            )
     columns = [name for name in schema.names if name in from_directories]
     decoder = Decoder(pa.schema([field for field in schema if field.name not in from_directories]), options.record_type)
     reader = FileReader(options)
@@ -125,19 +132,18 @@ def completed(inferred: pa.Schema, files: Sequence[DataFile], options: Options) 
     """What `infer_records` found, with what the options say of binary features and the directories of columns."""
     directories = partition_schema(files)
     fields = [field for field in inferred if field.name not in directories.names]
-    typed = [as_binary(field) if field.name in options.binary_features else field for field in fields]
-    return pa.schema([*typed, *directories])
+    return pa.schema([*with_binary(pa.schema(fields), options.binary_features), *directories])
 
 
-def as_binary(field: pa.Field) -> pa.Field:
-    """The field with binary where it has string."""
+def with_binary(schema: pa.Schema, names: Collection[str]) -> pa.Schema:
+    """The schema with binary where the columns `names` have string."""
 
     def binary(data_type: pa.DataType) -> pa.DataType:
         if pa.types.is_list(data_type):
             return pa.list_(binary(data_type.value_type))
         return pa.binary() if pa.types.is_string(data_type) else data_type
 
-    return field.with_type(binary(field.type))
+    return pa.schema([field.with_type(binary(field.type)) if field.name in names else field for field in schema])
 
 
 def infer_records(files: Sequence[DataFile], options: Options) -> pa.Schema:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,10 +13,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tensorspark.data.tfrecord.format.encoding import Encoder
-from tensorspark.data.tfrecord.format.framing import frame, open_writer
+from tensorspark.data.tfrecord.format.framing import framed, open_writer
 from tensorspark.data.tfrecord.options import Options
-from tensorspark.data.tfrecord.storage.commit import OutputFile, TaskOutput
 from tensorspark.data.tfrecord.storage.paths import directory_name
+from tensorspark.data.tfrecord.storage.task_output import OutputFile, TaskOutput
 from tensorspark.errors import StagingError
 
 # Rows are encoded in slices of about this many bytes, so that memory does not grow with Spark's batches.
@@ -32,9 +33,6 @@ class RowWriter:
         output: makes the files.
         schema: of the rows.
         options: of the write.
-
-    Attributes:
-        num_records: written so far.
     """
 
     def __init__(self, output: TaskOutput, schema: pa.Schema, options: Options) -> None:
@@ -45,7 +43,6 @@ class RowWriter:
         self._schema = pa.schema(fields)
         self._encoder = Encoder(self._schema, options.record_type)
         self._open: OrderedDict[str, _RecordFile] = OrderedDict()
-        self.num_records = 0
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Writes the rows of a batch.
@@ -58,7 +55,6 @@ class RowWriter:
             data = rows.select(self._columns).cast(self._schema) if rows.num_columns else rows
             for piece in _slices(data):
                 self._write_slice(directory, piece)
-        self.num_records += batch.num_rows
 
     def close(self) -> None:
         """Completes all files."""
@@ -83,7 +79,7 @@ class RowWriter:
                     f"maxRecordBytes: expected records of at most {self._options.max_record_bytes} bytes, got one of "
                     f"{longest}; raise it for this write and for the reads"
                 )
-            file.write(frame(records), num_rows)
+            file.write(framed(records).data, num_rows)
             rows = rows.slice(num_rows)
             if limit and file.num_records >= limit:
                 self._open.pop(directory).close()
@@ -106,17 +102,15 @@ class RowWriter:
             yield "", batch
             return
         codes = np.zeros(batch.num_rows, np.int64)
-        values: list[pa.Array] = []
         for name in names:
             encoded = pc.dictionary_encode(batch.column(name), null_encoding="encode")
-            values.append(encoded.dictionary)
             codes = codes * len(encoded.dictionary) + encoded.indices.to_numpy(zero_copy_only=False)
-        for code in np.unique(codes).tolist():
-            parts, rest = [], code
-            for name, dictionary in zip(reversed(names), reversed(values), strict=True):
-                rest, index = divmod(rest, len(dictionary))
-                parts.append(directory_name(name, _text(dictionary[index])))
-            yield "/".join(reversed(parts)), batch.take(pa.array(np.flatnonzero(codes == code)))
+            # Numbered anew, below the number of rows: products of all columns' numbers may not fit into 64 bits.
+            codes = np.unique(codes, return_inverse=True)[1]
+        order = np.argsort(codes, kind="stable")
+        for rows in np.split(order, np.flatnonzero(np.diff(codes[order])) + 1) if len(order) else []:
+            parts = [directory_name(name, _text(batch.column(name)[int(rows[0])])) for name in names]
+            yield "/".join(parts), batch.take(pa.array(rows))
 
 
 class _RecordFile:
@@ -124,10 +118,10 @@ class _RecordFile:
 
     def __init__(self, file: OutputFile, options: Options) -> None:
         self._file = file
-        self._writer = open_writer(file, options.codec)  # type: ignore[arg-type]  # needs no more than write
+        self._writer = open_writer(file, options.codec)
         self.num_records = 0
 
-    def write(self, data: bytes, num_records: int) -> None:
+    def write(self, data: memoryview, num_records: int) -> None:
         self._writer.write(data)
         self.num_records += num_records
 
@@ -151,4 +145,22 @@ def _text(value: pa.Scalar) -> str | None:
     content: Any = value.as_py()
     if content is None or isinstance(content, str):
         return content
+    if isinstance(content, float):
+        return _float_text(np.float32(content) if pa.types.is_float32(value.type) else np.float64(content))
+    if isinstance(content, decimal.Decimal):
+        return f"{content:f}"
     return str(content).lower() if isinstance(content, bool) else str(content)
+
+
+def _float_text(value: np.floating[Any]) -> str:
+    """The fewest digits that tell a number from others of its type, arranged as Java does.
+
+    Java before 19 writes a digit too many of a few numbers (JDK-4511638); both texts are read as the same number.
+    """
+    if np.isnan(value):
+        return "NaN"
+    if np.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    if value == 0 or 1e-3 <= abs(value) < 1e7:
+        return np.format_float_positional(value, trim="0")
+    return np.format_float_scientific(value, trim="0", exp_digits=1).replace("+", "").replace("e", "E")
