@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from tensorspark.data.tfrecord.format.encoding import Encoder
-from tensorspark.data.tfrecord.format.framing import frame
+from tensorspark.data.tfrecord.format.framing import frame, masked_crc32c
 
 MIB = 2**20
 NUM_ROWS, ROW_FLOATS = 10_000, 784
@@ -27,7 +27,7 @@ from tensorspark.data.tfrecord.options import Options
 from tensorspark.data.tfrecord.storage.paths import list_files
 from tensorspark.data.tfrecord.storage.reading import read_batches
 
-options = Options.parse({"path": sys.argv[1]})
+options = Options.parse({"path": sys.argv[1], "ignoreCorruptFiles": "true"})
 schema = pa.schema([("image", pa.list_(pa.float32())), ("label", pa.int64())])
 num_rows = sum(batch.num_rows for batch in read_batches(list_files(options), schema, options))
 print(num_rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -65,3 +65,16 @@ def test_ten_times_the_file_takes_no_more_memory(content: bytes, tmp_path: Path,
     assert (small_rows, large_rows) == (NUM_ROWS, 10 * NUM_ROWS)
     # The file is 300 MB; a batch is 4 MiB, and its rows as much again.
     assert large_bytes - small_bytes < 30 * MIB
+
+
+def test_a_length_beyond_the_files_end_takes_no_memory(content: bytes, tmp_path: Path) -> None:
+    length = (2**30).to_bytes(8, "little")
+    header = length + masked_crc32c(length).to_bytes(4, "little")
+    (tmp_path / "short").write_bytes(content[: 5 * MIB])
+    (tmp_path / "long").write_bytes(header + content[: 5 * MIB])
+
+    (num_rows, usual_bytes), (num_damaged, peak_bytes) = _read(tmp_path / "short"), _read(tmp_path / "long")
+
+    assert num_rows > 1000
+    assert num_damaged == 0
+    assert peak_bytes - usual_bytes < 30 * MIB

@@ -176,7 +176,7 @@ def _batches(source: Source, scanner: _Scanner, batch_bytes: int) -> Iterator[Re
         buffer = np.empty(capacity + SLACK_BYTES, np.uint8)
         buffer[: len(rest)] = rest
         size = len(rest) + source.fill(buffer[len(rest) : capacity])
-        buffer[size:] = 0
+        buffer[size : size + SLACK_BYTES] = 0
         if not size and source.damage is None:
             return
         found = scanner.scan(buffer, size, is_end=size < capacity and source.damage is None)
