@@ -117,7 +117,7 @@ class Application:
     def memory(self) -> list[Memory]:
         """Of this application's Python daemons and their workers."""
         parents = procfs.parents()
-        ours = {pid for pid in procfs.family(os.getpid()) if _is_daemon(pid)}
+        ours = {pid for pid in procfs.family(os.getpid()) if procfs.is_python_daemon(pid)}
         found = [
             Memory(
                 parents.get(pid) not in ours,
@@ -162,11 +162,6 @@ def _measure_after_python(figures: Figures, name: str, settings: dict[str, str],
     workers = [memory for memory in begun if not memory.is_daemon]
     figures["memory of a worker just begun, RSS", name].append(max(worker.rss for worker in workers) / _MIB)
     figures["memory of a worker just begun, PSS", name].append(max(worker.pss for worker in workers) / _MIB)
-
-
-def _is_daemon(pid: int) -> bool:
-    """Also of its workers, which are forked from it and have its command line."""
-    return not {"pyspark.daemon", "tensorspark.daemon"}.isdisjoint(procfs.arguments(pid))
 
 
 if __name__ == "__main__":

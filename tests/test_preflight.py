@@ -87,7 +87,13 @@ def check(sc: SparkContext, address: ServerAddress, tmp_path: Path) -> Callable[
 
 @pytest.fixture
 def executors(sc: SparkContext, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Gives executors other environment variables, and returns a directory in which their Python looks first."""
+    """Gives executors other environment variables, and returns a directory in which their Python looks first.
+
+    Under Spark's own daemon: ours has imported what they are to lack.
+    """
+    settings = sc._jsc.sc().conf()
+    daemon = settings.get("spark.python.daemon.module")
+    settings.set("spark.python.daemon.module", "pyspark.daemon")
 
     def change(**environment: str) -> Path:
         directory = tmp_path_factory.mktemp("site")
@@ -96,7 +102,8 @@ def executors(sc: SparkContext, tmp_path_factory: pytest.TempPathFactory, monkey
             monkeypatch.setitem(sc.environment, name, value)
         return directory
 
-    return change
+    yield change
+    settings.set("spark.python.daemon.module", daemon)
 
 
 def named(results: list[CheckResult], name: str) -> CheckResult:

@@ -92,7 +92,7 @@ class StandaloneCluster:
     def python_workers(self, executor: int) -> list[int]:
         """Process ids of an executor's Python workers: the children of its daemon, which is not among them."""
         children = procfs.children()
-        daemons = [pid for pid in children.get(executor, ()) if _runs(pid, "pyspark.daemon")]
+        daemons = [pid for pid in children.get(executor, ()) if procfs.is_python_daemon(pid)]
         return [pid for daemon in daemons for pid in children.get(daemon, ())]
 
     def _start(self, name: str, arguments: str) -> None:

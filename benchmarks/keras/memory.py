@@ -81,4 +81,4 @@ class PeakOfWorkers:
 
 def _workers_of(pid: int) -> list[int]:
     """Descendants that run pyspark's daemon or are forked from it."""
-    return [member for member in procfs.family(pid) if "pyspark.daemon" in procfs.arguments(member)]
+    return [member for member in procfs.family(pid) if procfs.is_python_daemon(member)]

@@ -40,6 +40,11 @@ def family(pid: int) -> list[int]:
     return found
 
 
+def is_python_daemon(pid: int) -> bool:
+    """Whether it is Spark's Python daemon or ours; also one of its workers, which have its command line."""
+    return not {"pyspark.daemon", "tensorspark.daemon"}.isdisjoint(arguments(pid))
+
+
 def arguments(pid: int) -> list[str]:
     """A process's command line. One that was forked and runs no other program has its parent's."""
     try:
