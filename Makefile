@@ -5,6 +5,7 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.complete
+CLASSES := $(VENV)/spark-classes.jsa
 # Starts the environment's Python with a Java for Spark.
 RUN = JAVA_HOME=$$(tools/java_home.sh) && export JAVA_HOME && $(VENV)/bin/python
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
@@ -46,8 +47,12 @@ $(STAMP): requirements-dev.txt setup.cfg pyproject.toml
 mnist: $(STAMP)  ## train softmax regression on MNIST with two Spark workers; ARGS= for its options
 	@$(RUN) -m examples.spark_mnist $(ARGS)
 
-test: $(STAMP)  ## run the tests, the files of JOBS=2 at a time; ARGS='-k name' and the like for pytest
+test: $(CLASSES)  ## run the tests, the files of JOBS=2 at a time; ARGS='-k name' and the like for pytest
 	@$(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+
+# Tests pass without it, and take longer.
+$(CLASSES): $(STAMP)
+	@$(RUN) tools/class_archive.py $@ 2>/dev/null || echo "make: no archive of Spark's classes: JVMs start slower"
 
 check: $(STAMP)  ## lint, formatting and types
 	@$(VENV)/bin/python -m ruff check .

@@ -27,9 +27,14 @@ os.environ["PYSPARK_PYTHON"] = sys.executable
 os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Each JVM lives for seconds: without the optimizing compiler it takes a third less of the cores, which all tests share.
+# Each JVM lives for seconds: without the optimizing compiler, and with Spark's classes from an archive where `make test`
+# wrote one (tools/class_archive.py), it takes half of the cores, which all tests share.
 _BRIEF_JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
-os.environ.setdefault("SPARK_SUBMIT_OPTS", f"{_BRIEF_JVM} -Dspark.ui.enabled=false")
+_CLASSES = Path(sys.prefix) / "spark-classes.jsa"
+if _CLASSES.exists():
+    _BRIEF_JVM += f" -XX:SharedArchiveFile={_CLASSES} -Xlog:cds*=off"
+_SUBMIT_OPTIONS = f"{_BRIEF_JVM} -Dspark.ui.enabled=false '-Dspark.executor.extraJavaOptions={_BRIEF_JVM}'"
+os.environ.setdefault("SPARK_SUBMIT_OPTS", _SUBMIT_OPTIONS)
 os.environ.setdefault("SPARK_DAEMON_JAVA_OPTS", _BRIEF_JVM)
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=200)
