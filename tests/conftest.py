@@ -27,8 +27,8 @@ os.environ["PYSPARK_PYTHON"] = sys.executable
 os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Each JVM lives for seconds: without the optimizing compiler, and with Spark's classes from an archive where `make test`
-# wrote one (tools/class_archive.py), it takes half of the cores, which all tests share.
+# A JVM lives for seconds: without the optimizing compiler, and with Spark's classes from the archive that `make test`
+# writes (tools/class_archive.py), it takes half of the cores, which all tests share.
 _BRIEF_JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 _CLASSES = Path(sys.prefix) / "spark-classes.jsa"
 if _CLASSES.exists():

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 # Writing takes some ten seconds, after the context has ended.
 _DEADLINE_S = 120
@@ -31,7 +32,7 @@ def main(path: Path) -> None:
     frame.mapInArrow(lambda batches: batches, frame.schema).repartition(2).rdd.mapPartitions(list).count()
     spark.createDataFrame(frame.toPandas()).groupBy("id").count().collect()
     spark.stop()
-    gateway = spark.sparkContext._gateway
+    gateway: Any = spark.sparkContext._gateway
     gateway.shutdown()
     gateway.proc.stdin.close()
     gateway.proc.wait(_DEADLINE_S)
