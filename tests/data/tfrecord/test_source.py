@@ -131,7 +131,7 @@ def test_byte_arrays_and_files_of_many_records(session: SqlSession, tmp_path: Pa
     _write(df, tmp_path / "out", recordType="ByteArray", codec="gzip", maxRecordsPerFile=3)
     back = _read(session, tmp_path / "out", recordType="ByteArray")
 
-    assert [name.partition("-c")[2] for name in _visible(tmp_path / "out")] == [
+    assert [name.rpartition("-c")[2] for name in _visible(tmp_path / "out")] == [
         "000.tfrecord.gz",
         "001.tfrecord.gz",
         "002.tfrecord.gz",
