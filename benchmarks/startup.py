@@ -88,11 +88,11 @@ class Application:
 
     def __init__(self, settings: dict[str, str], rows: str) -> None:
         from benchmarks.clusters.local import local_spark
-        from tensorspark.trainers.startup import quiet
+        from tensorspark.trainers.startup import importing
 
         self._open = ExitStack()
         self._spark = self._open.enter_context(local_spark(_NUM_WORKERS, memory="1g", settings=settings))
-        with quiet():
+        with importing():
             self._model = perceptron.make_model()
         self._df = self._spark.read.parquet(rows)
 

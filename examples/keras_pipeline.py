@@ -31,9 +31,9 @@ if __package__ in (None, ""):  # spark-submit runs this file itself, and then lo
 
 from examples.local import spark_session
 from tensorspark.ml import KerasEstimator, KerasModel
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
-with quiet():
+with importing():
     import keras
 
 MEASURES = ("length", "width", "weight")

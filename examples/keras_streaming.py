@@ -29,9 +29,9 @@ if __package__ in (None, ""):  # spark-submit runs this file itself, and then lo
 import tensorspark as ts
 from examples.local import spark_session
 from tensorspark.ml import KerasModel
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
-with quiet():
+with importing():
     import keras
 
 SCHEMA = "x array<float>, label bigint"

@@ -34,9 +34,9 @@ import tensorspark as ts
 from examples.local import spark_session
 from examples.mnist_prepare import HADOOP_USER_VARIABLE, NUM_PIXELS, as_url, count, require_absent
 from tensorspark.errors import TensorsparkError
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
-with quiet():
+with importing():
     import keras
     import tensorflow as tf
 

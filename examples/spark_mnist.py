@@ -26,9 +26,9 @@ from pyspark import RDD, SparkConf, SparkContext, cloudpickle
 from examples import mnist_data, report
 from tensorspark import DeltaWeightCombiner, History, WeightCombiner
 from tensorspark.core.spark_session import SparkSession
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
-with quiet():
+with importing():
     import tensorflow.compat.v1 as tf
 
 TRAIN_IMAGES, TRAIN_LABELS = "train-images?idx3-ubyte*", "train-labels?idx1-ubyte*"

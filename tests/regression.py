@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tensorspark import DeltaWeightCombiner, History, SparkSession
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
-with quiet():
+with importing():
     import tensorflow.compat.v1 as tf
 
 RNG = np.random.default_rng(7)

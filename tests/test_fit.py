@@ -21,9 +21,9 @@ from pyspark.sql import SparkSession as SqlSession
 from tensorspark import DeltaWeightCombiner, FunctionTrainer, MeanDeltaCombiner, ServerAdam, SparkSession
 from tensorspark.driver.checkpoints import CheckpointDirectory
 from tensorspark.errors import CheckpointError, ConfigError, FeedError, ModelError, WorkerFailedError
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
-with quiet():
+with importing():
     import keras
     import tensorflow as tf
 

@@ -12,9 +12,9 @@ from pyspark.sql import SparkSession as SqlSession
 
 from tensorspark import ServerAdam, SparkSession
 from tensorspark.errors import ConfigError, ModelError, WorkerFailedError
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
-with quiet():
+with importing():
     import keras
 
 NUM_ROWS = 40

@@ -205,9 +205,9 @@ def test_what_must_stay_the_same_is_named(
 def test_a_checkpoint_of_another_model_names_the_tensors_that_differ(
     sc: SparkContext, model: Regression, tmp_path: Path
 ) -> None:
-    from tensorspark.trainers.startup import quiet
+    from tensorspark.trainers.startup import importing
 
-    with quiet():
+    with importing():
         import tensorflow.compat.v1 as tf
 
     with SparkSession(sc, model.session, hdfs_dir=str(tmp_path), **SETTINGS) as session:

@@ -24,10 +24,10 @@ from tensorspark import (
     WeightCombiner,
 )
 from tensorspark.errors import CheckpointError, ConfigError, ModelError, ShardLostError
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 from tests.regression import B0, W0, build, rows_of, run
 
-with quiet():
+with importing():
     import keras
 
 if TYPE_CHECKING:

@@ -31,10 +31,10 @@ from tensorspark.errors import (
 )
 from tensorspark.ps.rounds import Rounds
 from tensorspark.ps.server import ParameterServer
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 from tests.regression import TRUE_W, W0, Regression, build, rows_of, run, sgd
 
-with quiet():
+with importing():
     import tensorflow.compat.v1 as tf
 
 if TYPE_CHECKING:

@@ -43,7 +43,7 @@ from tensorspark.telemetry.records import (
     WorkerSample,
 )
 from tensorspark.telemetry.view import RunView
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 from tests.regression import W0, Regression, build, rows_of, run
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def url_in(printed: str) -> str:
 
 
 def classifier() -> Any:
-    with quiet():
+    with importing():
         import keras
 
     keras.utils.set_random_seed(7)

@@ -31,7 +31,7 @@ from tensorspark.config import Config
 from tensorspark.driver import engine, resources
 from tensorspark.ps.link import ServerAddress
 from tensorspark.ps.server import ParameterServer
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
 NUM_PARTITIONS = 2
 BATCH_SIZE = 50
@@ -81,7 +81,7 @@ class Training:
 
 
 def main() -> int:
-    with quiet():
+    with importing():
         from tensorflow.compat import v1 as tf
     tf.disable_eager_execution()
     with _spark(Application(**json.loads(sys.argv[1]))) as spark_context:

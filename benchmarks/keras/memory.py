@@ -33,9 +33,9 @@ def idle_bytes(spark: Spark) -> int:
     """Of a worker that has imported TensorFlow and Keras, and waits."""
 
     def load(_: Any) -> Iterator[int]:
-        from tensorspark.trainers.startup import quiet
+        from tensorspark.trainers.startup import importing
 
-        with quiet():
+        with importing():
             import keras
         assert keras.config.backend() == "tensorflow"
         yield procfs.status_bytes("RssAnon")

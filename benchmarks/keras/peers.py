@@ -15,9 +15,9 @@ from benchmarks.measuring.epochs import Epochs
 from benchmarks.measuring.processes import Span, wait_until
 from benchmarks.workloads.digits import Digits, Images, Labels
 from benchmarks.workloads.perceptron import make_model
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
-with quiet():
+with importing():
     import keras
     import tensorflow as tf
 

@@ -16,9 +16,9 @@ import numpy as np
 from benchmarks.peers.course import Course, flat
 from benchmarks.workloads import digits
 from benchmarks.workloads.perceptron import exchanged_bytes, make_sgd_model
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
-with quiet():
+with importing():
     import keras
     import tensorflow as tf
 

@@ -11,9 +11,9 @@ import numpy as np
 from benchmarks.measuring.epochs import Epochs
 from benchmarks.measuring.processes import wait_until
 from benchmarks.train.mnist_rows import Images, Labels, Rows
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
-with quiet():
+with importing():
     import tensorflow.compat.v1 as tf
 
 LEARNING_RATE = 0.5

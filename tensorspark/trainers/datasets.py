@@ -11,9 +11,9 @@ import numpy as np
 
 from tensorspark.data.columns import Column, Columns, convert, is_marker
 from tensorspark.errors import FeedError
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
-with quiet():
+with importing():
     import tensorflow as tf
 
 _BLOCK_ROWS = 256

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from tensorspark.data.columns import Column, Columns
 from tensorspark.trainers.base import Trainer
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 from tensorspark.weights.blocks import BLOCK_BYTES, is_finite
 from tensorspark.weights.layout import ALIGNMENT_BYTES, Buffer, Segment, WeightLayout
 
-with quiet():
+with importing():
     import tensorflow as tf
 
 

@@ -31,10 +31,10 @@ from tensorspark.trainers.flat import (
     unpack_content,
 )
 from tensorspark.trainers.keras_objects import pack_builder, unpack_builder
-from tensorspark.trainers.startup import quiet, start
+from tensorspark.trainers.startup import importing, start
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 
-with quiet():
+with importing():
     import tensorflow as tf
 
 _EXPECTED = (

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from tensorspark.data.columns import Column, Columns
 from tensorspark.trainers.base import Trainer
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 from tensorspark.trainers.variables import GraphVariables, assign_op
 from tensorspark.weights.layout import Buffer, WeightLayout
 
-with quiet():
+with importing():
     import tensorflow.compat.v1 as tf
     from tensorflow.core.protobuf import config_pb2
 

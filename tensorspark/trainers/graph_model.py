@@ -19,11 +19,11 @@ from tensorspark.data.columns import Column
 from tensorspark.errors import FeedError, GraphError
 from tensorspark.trainers.base import Captured
 from tensorspark.trainers.graph import GraphSpec, without_value
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 from tensorspark.trainers.variables import GraphVariables, variable_name
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 
-with quiet():
+with importing():
     import tensorflow.compat.v1 as tf
 
 logger = logging.getLogger(__name__)

@@ -22,10 +22,10 @@ from tensorspark.trainers.flat import FlatTrainer, FlatVariables, stacked_batche
 from tensorspark.trainers.keras_objects import require_tensorflow, unpack_model, variables_of
 from tensorspark.trainers.keras_steps import CompiledSteps, adopt_global_steps, fuse_optimizer
 from tensorspark.trainers.keras_tables import is_built
-from tensorspark.trainers.startup import quiet, start
+from tensorspark.trainers.startup import importing, start
 from tensorspark.weights.layout import Buffer, WeightLayout
 
-with quiet():
+with importing():
     import keras
     import tensorflow as tf
 

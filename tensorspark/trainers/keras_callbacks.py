@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tensorspark.errors import ModelError
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
 if TYPE_CHECKING:
     from tensorspark.trainers.keras_model import KerasDriverModel
 
-with quiet():
+with importing():
     import keras
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from typing import Any
 from tensorspark.data.columns import Column
 from tensorspark.data.labels import Labels
 from tensorspark.trainers.keras import Structure
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
-with quiet():
+with importing():
     import keras
 
 

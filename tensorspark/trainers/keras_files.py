@@ -24,9 +24,9 @@ from tensorspark.trainers.keras import Structure
 from tensorspark.trainers.keras_columns import flat_names, input_columns, output_names
 from tensorspark.trainers.keras_objects import built_model, custom_objects, pack_model, require_compiled, unpack_model
 from tensorspark.trainers.keras_tables import has_lookups, is_built
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
-with quiet():
+with importing():
     import keras
     import tensorflow as tf
 

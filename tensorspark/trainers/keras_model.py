@@ -35,10 +35,10 @@ from tensorspark.trainers.keras_objects import (
     unpack_model,
     variables_of,
 )
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 
-with quiet():
+with importing():
     import keras
 
 WEIGHT_COLUMN = "sample_weight"

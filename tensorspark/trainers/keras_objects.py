@@ -21,9 +21,9 @@ import msgpack
 
 from tensorspark.errors import ModelError
 from tensorspark.trainers.keras_tables import set_tables, tables_of
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
-with quiet():
+with importing():
     import keras
 
 # Their objects lead nowhere that a config could name, and hold much.

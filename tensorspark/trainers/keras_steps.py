@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from tensorspark.data.columns import Column
 from tensorspark.trainers.flat import FlatVariables, batch_spec, owned_tensor, stacked_spec
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
-with quiet():
+with importing():
     import keras
     import tensorflow as tf
 

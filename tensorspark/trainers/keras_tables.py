@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from tensorspark.errors import ModelError
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
-with quiet():
+with importing():
     import keras
 
 _LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup)

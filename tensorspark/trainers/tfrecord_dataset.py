@@ -17,9 +17,9 @@ from tensorspark.data.tfrecord.options import Options, Paths, paths_of
 from tensorspark.data.tfrecord.storage.paths import DataFile, codec_of, list_files
 from tensorspark.data.tfrecord.storage.reading import FileReader
 from tensorspark.errors import ConfigError, FeedError
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 
-with quiet():
+with importing():
     import tensorflow as tf
 
 _log = logging.getLogger(__name__)

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorspark.errors import GraphError
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 from tensorspark.weights.layout import TensorSpec
 
-with quiet():
+with importing():
     import tensorflow.compat.v1 as tf
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ import pytest
 
 from tensorspark import SparkSession
 from tensorspark.history import History
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 from tests.dashboard import browser as browsers
 from tests.dashboard.browser import Browser
 
@@ -53,7 +53,7 @@ def labelled_rows() -> list[tuple[Any, int]]:
 
 
 def classifier() -> Any:
-    with quiet():
+    with importing():
         import keras
 
     keras.utils.set_random_seed(7)
@@ -89,7 +89,7 @@ def reader(directory: Path) -> Callable[[int, Any], Any]:
 
 def paced(is_recovered: threading.Event) -> Any:
     """A callback by which epochs take a while, and the last ones wait until what is tried was seen."""
-    with quiet():
+    with importing():
         import keras
 
     def end_epoch(epoch: int, logs: Any) -> None:

@@ -17,11 +17,11 @@ from benchmarks.clusters.standalone import BIN
 from examples import mnist_data, mnist_prepare, mnist_tfrecord
 from tensorspark.data.filesystem import open_filesystem
 from tensorspark.errors import ConfigError
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 from tests.hadoop.cluster import HdfsCluster
 from tests.programs import execute
 
-with quiet():
+with importing():
     import tensorflow as tf
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from tensorspark.trainers.base import Trainer
 from tensorspark.trainers.flat import FlatTrainer, FlatVariables
 from tensorspark.trainers.graph import GraphTrainer
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 from tensorspark.weights.blocks import blocks
 from tensorspark.weights.layout import Buffer, TensorSpec, WeightLayout
 
-with quiet():
+with importing():
     import tensorflow as tf
 
 # More than a block, gaps in the middle and at the end, and several dtypes.

@@ -5,6 +5,7 @@ The graphs are explicit ones: `tf.disable_v2_behavior` is for a whole process, e
 
 from __future__ import annotations
 
+import gc
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -584,6 +585,13 @@ def test_obtain_builds_once_and_what_is_reset_trains_the_same_again(model: Model
         runs.append([trainer.step(_batch(seed)) for seed in range(3)])
     assert runs[0] == runs[1] == runs[2]
     assert len(fetched) == 1
+
+
+def test_the_collector_passes_over_what_was_imported_and_not_over_trainers(model: Model) -> None:
+    captured = model.capture()
+    trainer = obtain(captured.spec, lambda: captured.content)
+    assert gc.get_freeze_count() > 100_000
+    assert any(found is trainer for found in gc.get_objects())
 
 
 def test_obtain_tells_apart_whatever_would_run_otherwise(model: Model) -> None:

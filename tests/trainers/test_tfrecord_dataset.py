@@ -16,10 +16,10 @@ import pytest
 from tensorspark import DatasetContext, SparkSession, tfrecord_dataset
 from tensorspark.data.filesystem import open_filesystem
 from tensorspark.errors import ConfigError, WorkerFailedError
-from tensorspark.trainers.startup import quiet
+from tensorspark.trainers.startup import importing
 from tests.hadoop.cluster import HdfsCluster
 
-with quiet():
+with importing():
     import keras
     import tensorflow as tf
 
