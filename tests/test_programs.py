@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import REPOSITORY
-from benchmarks.clusters.standalone import BIN, StandaloneCluster, free_port
+from benchmarks.clusters.standalone import BIN, StandaloneCluster
+from benchmarks.measuring.ports import free_port
 from tests.hadoop.cluster import HdfsCluster
 from tests.programs import environment, execute
 
@@ -198,7 +199,8 @@ def test_training_reads_from_hdfs_stages_there_as_the_user_and_leaves_checkpoint
 
 @pytest.mark.slow
 def test_the_example_ends_with_figures_and_the_files_it_wrote(tmp_path: Path) -> None:
-    output = execute([sys.executable, "-m", "examples.spark_mnist", "--output", str(tmp_path)])
+    # Ten epochs on the digits take 50 ms: the file of events may then have a single loss.
+    output = execute([sys.executable, "-m", "examples.spark_mnist", "--epochs", "100", "--output", str(tmp_path)])
     lines = output.strip().splitlines()
     assert "Training on scikit-learn digits" in lines[0]
     assert "Trained on scikit-learn digits" in lines[-1]

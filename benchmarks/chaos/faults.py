@@ -20,7 +20,8 @@ from typing import Any
 from benchmarks.chaos.cutting_proxy import CuttingProxy, Direction
 from benchmarks.chaos.driver import Application, Training
 from benchmarks.chaos.driver_process import DriverError, DriverProcess, Event
-from benchmarks.clusters.standalone import StandaloneCluster, free_port
+from benchmarks.clusters.standalone import StandaloneCluster
+from benchmarks.measuring.ports import free_port
 from tensorspark.ps.checkpoint import MARK
 
 DEADLINE_S = 120.0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Self
 
 from benchmarks import REPOSITORY
 from benchmarks.measuring import procfs
+from benchmarks.measuring.ports import free_port
 
 BIN = Path(sys.executable).parent
 _HOSTS = ("127.0.0.1", "127.0.0.2")
@@ -133,12 +133,6 @@ def spark_environment() -> dict[str, str]:
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
     return {**kept, **fixed}
-
-
-def free_port() -> int:
-    """A port that nobody listens on at this moment."""
-    with socket.create_server((_HOSTS[0], 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def _runs(pid: int, what: str) -> bool:

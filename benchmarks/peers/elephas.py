@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pyspark import SparkConf, SparkContext, TaskContext
 
 from benchmarks.clusters.local import QUIET
-from benchmarks.clusters.standalone import free_port
+from benchmarks.measuring.ports import free_port
 from benchmarks.peers.course import Course, epochs_from_marks, flat
 from benchmarks.workloads import digits
 from benchmarks.workloads.perceptron import NUM_WEIGHTS, make_sgd_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,38 @@ import numpy as np
 import pytest
 
 from benchmarks import REPOSITORY
-from benchmarks.measuring import procfs
+from benchmarks.measuring import ports, procfs
 from benchmarks.measuring.epochs import Epochs, epochs_of, samples_per_s
+from benchmarks.measuring.ports import free_port
 from benchmarks.measuring.report import Report, argument_parser, program_name
 from tensorspark.history import WorkerReport
 
 NO_PROCESS = 2**22 + 1
 """Beyond the largest process id that Linux gives."""
+
+# Ports
+
+
+def test_free_ports_are_not_among_those_that_the_kernel_gives_to_whoever_asks_for_any() -> None:
+    taken: list[socket.socket] = []
+    try:
+        for _ in range(20):
+            taken.append(socket.create_server(("127.0.0.1", free_port())))
+        lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        assert all(each.getsockname()[1] < lowest for each in taken)
+    finally:
+        for each in taken:
+            each.close()
+
+
+def test_where_no_port_is_free_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", free_port())) as listener:
+        port = listener.getsockname()[1]
+        monkeypatch.setattr(ports, "_LOWEST", port)
+        monkeypatch.setattr(ports, "_HIGHEST", port + 1)
+        with pytest.raises(OSError, match=f"expected a free port from {port} to {port} of 127.0.0.1, found none"):
+            free_port()
+
 
 # Processes
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 from xml.sax.saxutils import escape
 
+from benchmarks.measuring.ports import free_port
 from tests.maven import resolve
 
 _POM = Path(__file__).with_name("pom.xml")
@@ -51,7 +51,7 @@ class HdfsCluster:
 
     def __init__(self) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="tensorspark-hdfs-"))
-        self._rpc_port, self._http_port = _free_ports(2)
+        self._rpc_port, self._http_port = free_port(), free_port()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
@@ -197,17 +197,6 @@ class HdfsCluster:
     def _log_tails(self) -> str:
         logs = sorted(self._directory.glob("*.log"))
         return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-4000:]}" for log in logs)
-
-
-def _free_ports(num_ports: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(num_ports)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 @functools.cache
