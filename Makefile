@@ -47,8 +47,9 @@ $(STAMP): requirements-dev.txt setup.cfg pyproject.toml
 mnist: $(STAMP)  ## train softmax regression on MNIST with two Spark workers; ARGS= for its options
 	@$(RUN) -m examples.spark_mnist $(ARGS)
 
+# In their own order: else files of few and long tests come last, and one process waits for the other.
 test: $(CLASSES)  ## run the tests, the files of JOBS=2 at a time; ARGS='-k name' and the like for pytest
-	@$(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	@$(RUN) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Tests pass without it, and take longer.
 $(CLASSES): $(STAMP)
